@@ -1,0 +1,46 @@
+# Everything a developer runs. `make demo` and `make test` need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+OUT ?= demo_output
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Make .venv and install the project with all that tests and demo need
+
+# The stamp is newer than both files exactly when the last installation finished after their last change.
+$(STAMP): pyproject.toml constraints-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is required, got {v.major}.{v.minor}: run make PYTHON=python3.12")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt setuptools
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt \
+		--no-build-isolation --editable '.[all,dev]'
+	touch $@
+
+demo: $(STAMP) ## Compile and run the computer-use canvas on real pixels; pictures and report in demo_output/
+	$(VENV)/bin/canvas-engineering run examples/canvases/computer_use.json --out $(OUT)
+
+# One thread per worker: the workers already use the cores.
+test: $(STAMP) ## Run the test suite
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --quiet $(ARGS)
+
+lint: $(STAMP) ## Check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## Let ruff fix what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(STAMP) ## Run the benchmarks
+	$(PY) -m pytest bench --benchmark-enable --benchmark-only $(ARGS)

@@ -1,0 +1,71 @@
+"""``canvas-engineering plan SCHEMA.json``: compile a canvas, show what the plan costs, save or draw it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from canvas_engineering.cli.output import atomic_path, print_json, seconds
+from canvas_engineering.cli.schema_file import add_plan_arguments, add_schema_argument, read_schema
+
+EPILOG = """examples:
+  canvas-engineering plan examples/canvases/robot.json
+  canvas-engineering plan canvas.json --softmax joint --block-q 128 --block-kv 128 --json
+  canvas-engineering plan canvas.json --png plan.png --save canvas.plan
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="compile a canvas and show what its plan costs",
+        description="Compile the topology of a canvas into a block-sparse plan and show what it costs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_schema_argument(parser)
+    add_plan_arguments(parser)
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the plan (needs the extra 'viz')")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to be read by BlockSparsePlan.load")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    from canvas_engineering.plan import BlockSparsePlan
+
+    schema, topology = read_schema(args.schema)
+    start = time.perf_counter()
+    plan = BlockSparsePlan.from_topology(
+        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv
+    )
+    compile_seconds = time.perf_counter() - start
+
+    if args.save is not None:
+        with atomic_path(args.save) as temporary:
+            plan.save(temporary)
+    if args.png is not None:
+        with atomic_path(args.png) as temporary:
+            plan.plot(temporary, layout=schema.layout)
+
+    if args.json:
+        print_json(
+            {
+                "schema": str(args.schema),
+                "title": schema.metadata.get("title"),
+                "softmax": plan.softmax,
+                "digest": plan.digest,
+                "compile_seconds": compile_seconds,
+                "stats": plan.stats().as_dict(),
+                "save": None if args.save is None else str(args.save),
+                "png": None if args.png is None else str(args.png),
+            }
+        )
+        return 0
+    print(plan)
+    print(f"  compiled  in {seconds(compile_seconds)}")
+    for path in (args.save, args.png):
+        if path is not None:
+            print(f"  written   {path}")
+    return 0

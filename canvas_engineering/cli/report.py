@@ -1,0 +1,105 @@
+"""What ``canvas-engineering run`` writes: a picture of input and output, and the report for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from canvas_engineering._optional import require
+from canvas_engineering.cli.clip import FloatArray
+from canvas_engineering.cli.compare import OUTCOME_HEADER, Outcome
+from canvas_engineering.cli.output import atomic_path, seconds, table, write_text
+from canvas_engineering.cli.place import PixelRegion, Placed
+
+if TYPE_CHECKING:
+    from canvas_engineering.canvas import CanvasLayout
+    from canvas_engineering.plan import BlockSparsePlan
+
+SHOWN_FRAMES = 6
+
+
+def draw_frames(path: Path, region: PixelRegion, output: FloatArray, title: str) -> None:
+    """Frames of the clip above what attention read at the same positions, decoded to pixels.
+
+    Args:
+        output: ``(positions of the region, d_model)``, attention output with the content as values.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed. OSError: ``path`` cannot be written.
+    """
+    require("matplotlib", "viz", "drawing the result")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    decoded = region.decode(output)
+    count = region.shape[0]
+    shown = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
+    figure = Figure(figsize=(2.2 * len(shown) + 0.6, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, frame in enumerate(shown):
+        axes[0, column].set_title(f"frame {frame}", fontsize=9)
+        for row, picture in enumerate((region.clip.frames[frame], decoded[frame])):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+    axes[0, 0].set_ylabel(f"placed in {region.name!r}")
+    axes[1, 0].set_ylabel("read by attention")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def markdown(report: dict[str, Any], outcomes: list[Outcome], explanation: str) -> str:
+    """The report for people; the same facts as the JSON."""
+    stats = report["plan"]["stats"]
+    placed = report["placed"].items()
+    parts = [
+        f"# {report['title']}",
+        f"`{report['schema']}`: {stats['num_q']:,} positions, d_model {report['d_model']}, {report['heads']} heads, "
+        f"softmax per {'connection' if report['plan']['softmax'] == 'connection' else 'query'}.",
+        "## Input",
+        table(("region", "holds"), placed, markdown=True),
+        "## Plan",
+        f"```\n{report['plan']['summary']}\n```",
+        f"Compiled in {seconds(report['plan']['compile_seconds'])}.",
+        "## Backends",
+        table(OUTCOME_HEADER, [outcome.row() for outcome in outcomes], markdown=True),
+        f"Compared: {report['compared']}. Allowed: max error {report['tolerance']['max_error']:.2e}, RMS error "
+        f"{report['tolerance']['rms_error']:.2e}, which is {report['tolerance']['basis']}. Times are medians of "
+        f"{report['repeat']} calls after the first.",
+        "## Dispatcher",
+        f"```\n{explanation}\n```",
+        "## Versions",
+        table(("package", "version"), [(n, v or "-") for n, v in report["versions"].items()], markdown=True),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_results(folder: Path, report: dict[str, Any], text: str) -> list[Path]:
+    """Write ``report.json`` and ``report.md``, each whole or not at all."""
+    paths = [folder / "report.json", folder / "report.md"]
+    write_text(paths[0], json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(paths[1], text)
+    return paths
+
+
+def draw_results(
+    folder: Path, plan: BlockSparsePlan, layout: CanvasLayout, placed: Placed, output: FloatArray, title: str
+) -> list[Path]:
+    """Write ``plan.png``, and ``result.png`` where a region holds pixels.
+
+    Args:
+        output: ``(N, d_model)``, attention output with the content as values.
+    """
+    paths = [folder / "plan.png"]
+    with atomic_path(paths[0]) as temporary:
+        plan.plot(temporary, layout=layout)
+    if placed.pixels is not None:
+        paths.append(folder / "result.png")
+        index = np.asarray(layout.region_indices(placed.pixels.name))
+        draw_frames(paths[1], placed.pixels, output[index], title)
+    return paths

@@ -1,0 +1,115 @@
+"""Where each token goes: an order of the tokens, cut into tiles with padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from canvas_engineering.plan.atoms import Atoms
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The tokens in sequence, and the stretches that a tiling may align to tile boundaries.
+
+    Attributes:
+        tokens: ``(num_tokens,)`` a permutation.
+        run_sizes: Lengths of consecutive runs (atoms in this order).
+        run_kind: Kind of each run; unused tokens (-1) come last.
+        name: For messages and tests.
+    """
+
+    tokens: Tokens
+    run_sizes: Tokens
+    run_kind: NDArray[np.int64]
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Tiling:
+    """Tokens laid out in tiles.
+
+    Attributes:
+        block: Tile size.
+        tiles: ``(num_tiles, block)`` int32 token ids, -1 = padding at a tile's end.
+        place: ``(num_tokens,)`` int64, ``tile * block + row`` of each token.
+        count: ``(num_tiles,)`` tokens of each tile.
+    """
+
+    block: int
+    tiles: NDArray[np.int32]
+    place: Tokens
+    count: Tokens
+
+
+def order_atoms(atoms: Atoms, *, by_kind: bool, inner: NDArray[np.int64] | None = None) -> Order:
+    """Sequence the atoms by first token, or kind by kind; ``inner`` ranks the tokens within an atom.
+
+    Grouping by kind puts all frames of a region side by side; by first token keeps whole frames together.
+    """
+    sequence = np.lexsort((atoms.first, atoms.kind if by_kind else np.zeros(atoms.count), atoms.kind < 0))
+    rank = np.empty(atoms.count, np.int64)
+    rank[sequence] = np.arange(atoms.count)
+    token_rank = rank[atoms.of_token]
+    if inner is None:
+        tokens = np.argsort(token_rank, kind="stable")
+    else:
+        tokens = np.lexsort((inner, token_rank))
+    return Order(tokens, atoms.size[sequence], atoms.kind[sequence], "kind" if by_kind else "canvas")
+
+
+def tile_order(order: Order, block: int, align: float) -> Tiling:
+    """Cut an order into tiles.
+
+    Args:
+        order: The sequence of tokens.
+        block: Tile size.
+        align: Runs of at least ``align * block`` tokens start at a tile boundary and are padded to one; shorter
+            ones are packed, together with their neighbours of the same kind. ``inf`` packs everything.
+    """
+    run_sizes, num_tokens = order.run_sizes, order.tokens.size
+    if num_tokens == 0:
+        return Tiling(block, np.zeros((0, block), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    starts = np.concatenate([[0], np.cumsum(run_sizes)])
+    # Unused tokens keep to tiles of their own: a tile of used tokens then stays full where it can be.
+    boundary = np.concatenate([[True], (order.run_kind[1:] < 0) != (order.run_kind[:-1] < 0)])
+    large = run_sizes >= align * block
+    if large.any():
+        # A stretch ends where a large run begins or ends, or where packed runs change their kind.
+        boundary |= large
+        boundary[1:] |= large[:-1] | (order.run_kind[1:] != order.run_kind[:-1])
+    stretch_starts = starts[:-1][boundary]
+    stretch_sizes = np.diff(np.append(stretch_starts, num_tokens))
+    padded = -(-stretch_sizes // block) * block
+    shift = np.concatenate([[0], np.cumsum(padded)[:-1]]) - stretch_starts
+    slots = np.arange(num_tokens) + np.repeat(shift, stretch_sizes)
+    num_tiles = int(padded.sum()) // block
+    tiles = np.full(num_tiles * block, -1, np.int32)
+    tiles[slots] = order.tokens
+    place = np.empty(num_tokens, np.int64)
+    place[order.tokens] = slots
+    count = np.bincount(slots // block, minlength=num_tiles).astype(np.int64)
+    return Tiling(block, tiles.reshape(num_tiles, block), place, count)
+
+
+def spatial_ranks(coords: NDArray[np.int64], origin: NDArray[np.int64], box: tuple[int, ...]) -> NDArray[np.int64]:
+    """Rank tokens box by box: all tokens of one ``box``-shaped cell of the grid come together.
+
+    This is the token permutation of NATTEN (Hassani et al., arXiv:2504.16922): a tile of consecutive tokens is
+    then compact in every dimension, and windows cut fewer of them.
+
+    Args:
+        coords: ``(tokens, n)`` grid coordinates.
+        origin: ``(n,)`` where the first cell starts.
+        box: Cell shape.
+    """
+    shape = np.asarray(box, np.int64)
+    cell, within = np.divmod(coords - origin, shape)
+    columns = [*within.T[::-1], *cell.T[::-1]]  # lexsort: last key is the primary one
+    rank = np.empty(len(coords), np.int64)
+    rank[np.lexsort(columns)] = np.arange(len(coords))
+    return rank
