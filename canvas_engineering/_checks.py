@@ -71,3 +71,37 @@ def check_shape(value: object, what: str) -> tuple[int, ...]:
     if not shape:
         raise CanvasError(f"{what}: expected at least one size, got ()")
     return shape
+
+
+def check_bool(value: object, what: str) -> bool:
+    """Return ``value`` if it is a boolean.
+
+    Raises:
+        CanvasError: it is not; the message starts with ``what``.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise CanvasError(f"{what}: expected true or false, got {value!r}")
+    return bool(value)
+
+
+def check_choice(value: object, what: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Raises:
+        CanvasError: it is not; the message starts with ``what`` and lists the choices.
+    """
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise CanvasError(f"{what}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def check_strings(value: object, what: str) -> tuple[str, ...]:
+    """Return ``value`` as a tuple of strings.
+
+    Raises:
+        CanvasError: not a list or tuple of strings; the message starts with ``what``.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise CanvasError(f"{what}: expected a list of strings, got {value!r}")
+    return tuple(check_str(item, f"{what}[{index}]") for index, item in enumerate(value))

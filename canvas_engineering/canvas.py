@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from canvas_engineering._optional import require
 from canvas_engineering.errors import CanvasError
 
 if TYPE_CHECKING:
-    import torch as torch_types
+    from torch import Tensor
 
     from canvas_engineering.nn.canvas import SpatiotemporalCanvas as SpatiotemporalCanvas
     from canvas_engineering.nn.embedding import (
@@ -104,12 +104,17 @@ class RegionSpec:
     carrier: str = "deterministic"
 
     def __post_init__(self) -> None:
-        # Tuples of Python numbers keep the spec hashable and JSON-ready when made from lists or arrays.
-        for name in ("bounds", "semantic_embedding"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, np.ndarray)):
-                plain = tuple(item.item() if isinstance(item, np.generic) else item for item in value)
-                object.__setattr__(self, name, plain)
+        # Python numbers in tuples keep the spec hashable and JSON-ready when made from lists or NumPy values.
+        for item in fields(self):
+            object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(_plain(item) for item in value)
+    return value
 
 
 def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
@@ -131,9 +136,7 @@ def transfer_distance(a: RegionSpec, b: RegionSpec) -> float:
     u = np.asarray(a.semantic_embedding, dtype=np.float64)  # (E,)
     v = np.asarray(b.semantic_embedding, dtype=np.float64)  # (E,)
     if u.shape != v.shape:
-        raise CanvasError(
-            f"transfer_distance: embedding dimension mismatch, got {u.shape[0]} and {v.shape[0]} numbers"
-        )
+        raise CanvasError(f"transfer_distance: embedding dimension mismatch, got {u.shape[0]} and {v.shape[0]} numbers")
     norms = float(np.linalg.norm(u) * np.linalg.norm(v))
     cosine = float(u @ v) / norms if norms > 0.0 else 0.0
     return 1.0 - min(1.0, max(-1.0, cosine))
@@ -194,12 +197,9 @@ class CanvasLayout:
         self.H = self.spatial_shape[0]
         self.W = self.spatial_shape[1] if len(self.spatial_shape) > 1 else None
         if not isinstance(self.regions, Mapping):
-            raise CanvasError(
-                f"regions: expected a mapping of names to bounds or RegionSpec, got {self.regions!r}"
-            )
+            raise CanvasError(f"regions: expected a mapping of names to bounds or RegionSpec, got {self.regions!r}")
         self.regions = {
-            check_str(name, "regions: region name"): tuple(region) if isinstance(region, list) else region
-            for name, region in self.regions.items()
+            check_str(name, "regions: region name"): _plain(region) for name, region in self.regions.items()
         }
         for name in self.regions:
             self._check_region(name)
@@ -241,9 +241,7 @@ class CanvasLayout:
         coords = (t, *spatial_coords)
         shape = self.shape
         if len(coords) > len(shape):
-            raise CanvasError(
-                f"flat_index: expected at most {len(shape)} coordinates (t, *spatial), got {coords}"
-            )
+            raise CanvasError(f"flat_index: expected at most {len(shape)} coordinates (t, *spatial), got {coords}")
         for axis, (coord, size) in enumerate(zip(coords, shape, strict=False)):
             if not 0 <= check_int(coord, f"flat_index: coordinate {axis}") < size:
                 raise CanvasError(f"flat_index: coordinate {axis} must be in 0..{size - 1}, got {coords}")
@@ -271,7 +269,7 @@ class CanvasLayout:
             UnknownRegionError: no such region.
             CanvasError: a region added after construction has bounds outside the grid.
         """
-        return self._check_bounds(name, self.region_spec(name).bounds)
+        return check_bounds(self.region_spec(name).bounds, self.shape, f"region {name!r}: bounds")
 
     def region_bounds(self, name: str) -> tuple[tuple[int, int], ...]:
         """The region's half-open extent per axis, ``((t0, t1), (lo, hi), ...)``."""
@@ -326,7 +324,7 @@ class CanvasLayout:
         """Flat indices of all positions with ``t >= t_current``, in order."""
         return list(range(min(self.t_current, self.T) * self.spatial_volume, self.num_positions))
 
-    def loss_weight_mask(self, device: str | torch_types.device = "cpu") -> torch_types.Tensor:
+    def loss_weight_mask(self, device: Any = "cpu") -> Tensor:
         """Loss weight of every position; overlapping output regions add up, uncovered positions get 0.
 
         Args:
@@ -343,10 +341,8 @@ class CanvasLayout:
         for name in self.regions:
             spec = self.region_spec(name)
             if spec.is_output:
-                weights[tuple(slice(lo, hi) for lo, hi in self.region_bounds(name))] += np.float32(
-                    spec.loss_weight
-                )
-        mask: torch_types.Tensor = torch.from_numpy(weights.reshape(-1)).to(device)
+                weights[tuple(slice(lo, hi) for lo, hi in self.region_bounds(name))] += np.float32(spec.loss_weight)
+        mask: Tensor = torch.from_numpy(weights.reshape(-1)).to(device)
         return mask
 
     # Real time
@@ -366,38 +362,58 @@ class CanvasLayout:
             return None
         return canvas_t
 
-    # Checks
+    def __eq__(self, other: object) -> bool:
+        """Same grid and regions; plain bounds equal a RegionSpec with all defaults, as in JSON files."""
+        if not isinstance(other, CanvasLayout):
+            return NotImplemented
+        return (self.shape, self.d_model, self.t_current, self._specs()) == (
+            other.shape,
+            other.d_model,
+            other.t_current,
+            other._specs(),
+        )
+
+    def _specs(self) -> dict[str, RegionSpec]:
+        return {name: self.region_spec(name) for name in self.regions}
 
     def _check_region(self, name: str) -> None:
-        region = self.regions[name]
-        self._check_bounds(name, region.bounds if isinstance(region, RegionSpec) else region)
-        if isinstance(region, RegionSpec):
-            check_int(region.period, f"region {name!r}: period", minimum=1)
-            check_number(region.loss_weight, f"region {name!r}: loss_weight", minimum=0)
-            for index, number in enumerate(region.semantic_embedding or ()):
-                check_number(number, f"region {name!r}: semantic_embedding[{index}]")
+        self.bounds(name)
+        spec = self.region_spec(name)
+        check_int(spec.period, f"region {name!r}: period", minimum=1)
+        check_number(spec.loss_weight, f"region {name!r}: loss_weight", minimum=0)
+        check_str(spec.default_attn, f"region {name!r}: default_attn")
+        for index, number in enumerate(spec.semantic_embedding or ()):
+            check_number(number, f"region {name!r}: semantic_embedding[{index}]")
 
-    def _check_bounds(self, name: str, bounds: Sequence[int]) -> tuple[int, ...]:
-        where = f"region {name!r}: bounds"
-        shape = self.shape
-        if isinstance(bounds, str) or not isinstance(bounds, (Sequence, np.ndarray)):
-            raise CanvasError(f"{where}: expected a tuple (t0, t1, lo, hi, ...), got {bounds!r}")
-        if len(bounds) != 2 * len(shape):
+
+def check_bounds(bounds: object, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Return region bounds ``(t0, t1, lo, hi, ...)`` of a grid as a tuple of ints.
+
+    Args:
+        bounds: Sequence of two integers per axis.
+        shape: The grid ``(T, *spatial_shape)``.
+        where: Start of the error message.
+
+    Raises:
+        CanvasError: not such a sequence, reversed, or outside the grid.
+    """
+    if isinstance(bounds, str) or not isinstance(bounds, (Sequence, np.ndarray)):
+        raise CanvasError(f"{where}: expected (t0, t1, lo, hi, ...), got {bounds!r}")
+    if len(bounds) != 2 * len(shape):
+        raise CanvasError(
+            f"{where}: expected {2 * len(shape)} numbers (t0, t1 and lo, hi for each of {len(shape) - 1} "
+            f"spatial axes), got {len(bounds)}: {tuple(bounds)}"
+        )
+    flat = tuple(check_int(value, f"{where}[{i}]") for i, value in enumerate(bounds))
+    for axis, size in enumerate(shape):
+        lo, hi = flat[2 * axis : 2 * axis + 2]
+        limit = f"T={size}" if axis == 0 else f"spatial_shape[{axis - 1}]={size}"
+        if lo > hi:
             raise CanvasError(
-                f"{where}: expected {2 * len(shape)} numbers (t0, t1 and lo, hi for each of "
-                f"{self.n_spatial_dims} spatial axes), got {len(bounds)}: {tuple(bounds)}"
+                f"{where}[{2 * axis}]={lo} must not exceed bounds[{2 * axis + 1}]={hi} (axis of {limit}), got {flat}"
             )
-        flat = tuple(check_int(value, f"{where}[{i}]") for i, value in enumerate(bounds))
-        for axis, size in enumerate(shape):
-            lo, hi = flat[2 * axis : 2 * axis + 2]
-            limit = f"T={size}" if axis == 0 else f"spatial_shape[{axis - 1}]={size}"
-            if lo > hi:
-                raise CanvasError(
-                    f"{where}[{2 * axis}]={lo} must not exceed bounds[{2 * axis + 1}]={hi} "
-                    f"(axis of {limit}), got {flat}"
-                )
-            if lo < 0:
-                raise CanvasError(f"{where}[{2 * axis}]={lo} must be >= 0 (axis of {limit}), got {flat}")
-            if hi > size:
-                raise CanvasError(f"{where}[{2 * axis + 1}]={hi} must be <= {limit}, got {flat}")
-        return flat
+        if lo < 0:
+            raise CanvasError(f"{where}[{2 * axis}]={lo} must be >= 0 (axis of {limit}), got {flat}")
+        if hi > size:
+            raise CanvasError(f"{where}[{2 * axis + 1}]={hi} must be <= {limit}, got {flat}")
+    return flat

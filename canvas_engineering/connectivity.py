@@ -7,18 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from canvas_engineering._checks import check_int, check_number, check_str
 from canvas_engineering._optional import require
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.errors import CanvasError
 from canvas_engineering.masks import MaskSpec
-
-if TYPE_CHECKING:
-    from canvas_engineering.groups import Group
 
 WRITE_MODES: set[str] = {"add", "replace", "gate"}
 """How what a connection carries is combined with what others wrote to the same rows."""
@@ -255,8 +250,11 @@ class CanvasTopology:
         Raises:
             MissingDependencyError: torch is not installed and ``device`` is not ``"numpy"``.
         """
+        # Imported here because groups are resolved from the types of this module.
+        from canvas_engineering._dense_mask import weight_matrix
+
         torch = _torch_for(device, "CanvasTopology.to_attention_mask")
-        mask = self._weight_matrix(layout)
+        mask = weight_matrix(self, layout)
         return mask if torch is None else torch.from_numpy(mask).to(device)
 
     def to_additive_mask(self, layout: CanvasLayout, device: Any = "cpu") -> Any:
@@ -274,63 +272,11 @@ class CanvasTopology:
         Raises:
             MissingDependencyError: torch is not installed and ``device`` is not ``"numpy"``.
         """
+        from canvas_engineering._dense_mask import to_additive, weight_matrix
+
         torch = _torch_for(device, "CanvasTopology.to_additive_mask")
-        mask = self._weight_matrix(layout)
-        for start in range(0, len(mask), _rows_per_step(len(mask))):
-            block = mask[start : start + _rows_per_step(len(mask))]
-            allowed = block > 0
-            idle = np.flatnonzero(~allowed.any(axis=1))
-            allowed[idle, start + idle] = True
-            block[...] = np.where(allowed, np.float32(0.0), np.float32(-np.inf))
+        mask = to_additive(weight_matrix(self, layout))
         return mask if torch is None else torch.from_numpy(mask).to(device)
-
-    def _weight_matrix(self, layout: CanvasLayout) -> np.ndarray:
-        # Imported here because groups are resolved from the types of this module.
-        from canvas_engineering.groups import resolve_groups
-
-        size = layout.num_positions
-        mask = np.zeros((size, size), dtype=np.float32)
-        for group in resolve_groups(self, layout):
-            _raise_to(mask, group)
-        return mask
-
-
-_CELLS_PER_STEP = 1 << 20
-
-
-def _raise_to(mask: np.ndarray, group: Group) -> None:
-    """``mask[rows, cols] = max(mask[rows, cols], weight)`` where the group's pattern allows the pair."""
-    from canvas_engineering.groups import BoxPattern, PairPattern
-
-    weight = np.float32(group.weight)
-    if weight == 0 or len(group.cols) == 0:
-        return
-    pattern = group.pattern
-    if isinstance(pattern, PairPattern):
-        for start in range(0, len(pattern.row), _CELLS_PER_STEP):
-            part = slice(start, start + _CELLS_PER_STEP)
-            pairs = (group.rows[pattern.row[part]], group.cols[pattern.col[part]])
-            mask[pairs] = np.maximum(mask[pairs], weight)
-        return
-    step = _rows_per_step(len(group.cols))
-    for start in range(0, len(group.rows), step):
-        part = slice(start, start + step)
-        if pattern is None:
-            cells = np.ix_(group.rows[part], group.cols)
-            mask[cells] = np.maximum(mask[cells], weight)
-        else:
-            # Neighbouring rows read neighbouring keys: only the columns that any of them reads are looked at.
-            first, stop = pattern.lo[part].min(axis=0), pattern.hi[part].max(axis=0)
-            near = np.flatnonzero(((first <= pattern.coords) & (pattern.coords < stop)).all(axis=1))
-            lo, hi, coords = pattern.lo[part], pattern.hi[part], pattern.coords[near]
-            allowed = BoxPattern(lo, hi, coords).dense()
-            cells = np.ix_(group.rows[part], group.cols[near])
-            mask[cells] = np.maximum(mask[cells], np.where(allowed, weight, np.float32(0.0)))
-
-
-def _rows_per_step(row_length: int) -> int:
-    """Rows handled at once: about a million cells, so that temporaries stay small beside the mask."""
-    return max(1, _CELLS_PER_STEP // max(1, row_length))
 
 
 def _is_temporal(edge: Connection) -> bool:

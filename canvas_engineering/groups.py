@@ -7,7 +7,7 @@ read only some of its columns; without one, every row reads every column.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -226,11 +226,11 @@ def _temporal_pairs(
 
 
 def tile_boxes(mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str, coords: NDArray[np.int32]) -> BoxPattern:
-    """Tile mask as boxes: a query reads all frames of ``dst`` in its own spatial tile, or all of ``dst`` if none is there.
+    """Tile mask as boxes: a query reads all frames of dst in its own spatial tile, or all of dst if none is there.
 
     Tiles are counted from the first position of ``src``. ``coords``: canvas coordinates of src's tokens.
     """
-    (_, *src_bounds), (_, *dst_bounds) = layout.region_bounds(src), layout.region_bounds(dst)
+    src_bounds = layout.region_bounds(src)[1:]
     n = layout.n_spatial_dims
     shape = np.array(mask_spec.spatial_tile(n), np.int32)
     start = np.array([lo for lo, _ in src_bounds], np.int32)
@@ -290,7 +290,8 @@ def resolve_groups(
     program: CanvasProgram | None = None,
     skip_temporal: bool = False,
     split_masks: bool = False,
-    connections: list[int] | None = None,
+    connections: Collection[int] | None = None,
+    warn: bool = True,
 ) -> list[Group]:
     """The groups of a topology, in the order of its connections.
 
@@ -302,14 +303,17 @@ def resolve_groups(
         split_masks: One group per pair of ``mask_to_index_pairs`` instead of one group with a pattern; for
             functions that see a group as a whole.
         connections: Only these indices of ``topology.connections``.
+        warn: Whether to warn of skipped connections.
     """
     index = _RegionIndex(layout)
     patterns: dict[tuple[int, str, str], Pattern | None] = {}
     groups: list[Group] = []
     for number, connection in enumerate(topology.connections):
-        if connections is not None and number not in connections:
-            continue
         missing = [name for name in (connection.src, connection.dst) if name not in layout.regions]
+        if not missing and connections is not None and number not in connections:
+            continue
+        if missing and not warn:
+            continue
         if missing:
             warnings.warn(
                 f"connection {number} ({connection.src!r} -> {connection.dst!r}) names the unknown region "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from canvas_engineering._optional import require
 
 if TYPE_CHECKING:
-    from canvas_engineering.attention.api import available_backends, block_sparse_attention
+    from canvas_engineering.attention.api import Availability, available_backends, block_sparse_attention
     from canvas_engineering.attention.dense import (
         CogVideoXAttention,
         CosineAttention,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_REGISTRY",
+    "Availability",
     "CogVideoXAttention",
     "CopyAttention",
     "CosineAttention",
@@ -68,7 +69,7 @@ __all__ = [
 ]
 
 #: Names that do not need torch.
-_ANY_FRAMEWORK = ("available_backends", "block_sparse_attention")
+_ANY_FRAMEWORK = ("Availability", "available_backends", "block_sparse_attention")
 #: Module of every name; the classes of functions are all reachable through the registry's module.
 _API, _REGISTRY = "canvas_engineering.attention.api", "canvas_engineering.attention.registry"
 

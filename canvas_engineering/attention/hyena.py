@@ -51,7 +51,7 @@ class HyenaAttention(AttentionFunction):
                 f"hyena convolves over the next power of two of the number of queries, which must be at most "
                 f"max_len={self.max_len}, got {n_queries} queries (length {length})"
             )
-        if n_queries == 0 or n_keys == 0:
+        if queries.numel() == 0 or n_keys == 0:
             return self.out_proj(values.sum(1, keepdim=True).expand(-1, n_queries, -1))  # zeros
         if n_keys != n_queries:
             values = F.adaptive_avg_pool1d(values.transpose(1, 2), n_queries).transpose(1, 2)

@@ -12,6 +12,7 @@ from canvas_engineering.attention.base import (
     check_positive,
     full_precision,
     no_autocast,
+    split_heads,
 )
 from canvas_engineering.attention.dense import CrossAttention
 
@@ -23,13 +24,26 @@ class LinearAttention(ProjectedAttention):
     there are no attention probabilities.
     """
 
+    def heads_q(self, x: Tensor) -> Tensor:
+        """``x (B, N, d)`` to the features of the queries, ``(B, H, N, hd)``."""
+        return split_heads(_features(self.project_q(x)), self.n_heads)
+
+    def heads_kv(self, x: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x (B, M, d)`` to the features of the keys and to values, each ``(B, H, M, hd)``."""
+        k, v = self.project_kv(x, values)
+        return split_heads(_features(k), self.n_heads), split_heads(v, self.n_heads)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The kernel: ``q (B, H, N, hd)``, ``k``, ``v (B, H, M, hd)`` to ``(B, H, N, hd)``."""
+        """The kernel on features: ``q (B, H, N, hd)``, ``k, v (B, H, M, hd)`` to ``(B, H, N, hd)``."""
         with no_autocast(q):
-            q_features, k_features = (F.elu(full_precision(x)) + 1 for x in (q, k))
-            context = k_features.transpose(-2, -1) @ full_precision(v)  # (B, H, hd, hd)
-            total = k_features.sum(dim=-2).unsqueeze(-1)  # (B, H, hd, 1)
-            return (q_features @ context / (q_features @ total + 1e-6)).to(q.dtype)
+            context = k.transpose(-2, -1) @ full_precision(v)  # (B, H, hd, hd)
+            total = k.sum(dim=-2).unsqueeze(-1)  # (B, H, hd, 1)
+            return (q @ context / (q @ total + 1e-6)).to(v.dtype)
+
+
+def _features(x: Tensor) -> Tensor:
+    """``elu(x) + 1``, positive, in float32 at least."""
+    return F.elu(full_precision(x)) + 1
 
 
 class PerceiverAttention(AttentionFunction):

@@ -29,7 +29,7 @@ from canvas_engineering.errors import CanvasError
 #: Queries of one tile of the banded computation, at least.
 BAND_ROWS = 32
 #: A gathered key costs about as much as this many keys of a dense, masked row.
-GATHER_COST = 16
+GATHER_COST = 64
 #: Lowered patterns that a module keeps on the device.
 KEPT_PATTERNS = 8
 
@@ -84,6 +84,7 @@ class LocalAttention(ProjectedAttention):
         )
         return out.flatten(1, 2)[:, :n_queries].unflatten(0, q.shape[:2]).masked_fill(empty, 0.0)
 
+    @torch.compiler.disable  # NumPy, once per shape
     def _tiles(self, n_queries: int, n_keys: int, device: torch.device) -> tuple[Tensor, ...]:
         """(key_index (tiles * span,), mask (tiles, rows, span), empty (N, 1)) of the banded computation."""
         cache_key = (n_queries, n_keys, self.window_size, device)
@@ -96,7 +97,7 @@ class LocalAttention(ProjectedAttention):
         row = np.minimum(np.arange(n_tiles * rows), n_queries - 1).reshape(n_tiles, rows)
         lo, hi = pattern.lo[row], pattern.hi[row]
         span = int((hi[:, -1] - lo[:, 0]).max())
-        if n_tiles * span >= n_queries * n_keys // rows or 2 * span > n_keys:  # tiling saves too little
+        if 2 * span > n_keys:  # tiles would repeat most keys
             row, lo, hi = np.arange(n_queries)[None], pattern.lo[None], pattern.hi[None]
             n_tiles, span = 1, n_keys
         first = np.minimum(lo[:, :1], n_keys - span)  # (tiles, 1)
@@ -170,14 +171,7 @@ class RandomFixedAttention(ProjectedAttention):
         if q.numel() == 0 or n_keys <= self.n_random:
             return softmax_attention(q, k, v, scale=scale, dropout_p=dropout_p)
         dense = n_keys <= GATHER_COST * self.n_random
-        cache_key = (self.seed, self.n_random, n_queries, n_keys, q.device)
-        if cache_key in self._lowered:
-            (pattern,) = self._lowered[cache_key]
-        else:
-            index = torch.from_numpy(self.key_pattern(n_queries, n_keys).index).to(q.device)
-            if dense:
-                index = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=q.device).scatter_(1, index, True)
-            (pattern,) = self._lowered.keep(cache_key, (index,))
+        pattern = self._lower(n_queries, n_keys, dense, q.device)
         if dense:
             return softmax_attention(q, k, v, scale=scale, dropout_p=dropout_p, mask=pattern)
 
@@ -189,6 +183,18 @@ class RandomFixedAttention(ProjectedAttention):
 
         row_elements = q.shape[0] * q.shape[1] * self.n_random * self.head_dim
         return map_query_chunks(rows, (q, pattern), (k, v), row_elements, draws_random=dropout_p > 0)
+
+    @torch.compiler.disable  # NumPy, once per shape and seed
+    def _lower(self, n_queries: int, n_keys: int, dense: bool, device: torch.device) -> Tensor:
+        """The pattern of group 0 on the device: (N, M) bool where ``dense``, else (N, k) key indices."""
+        cache_key = (self.seed, self.n_random, n_queries, n_keys, dense, device)
+        if cache_key in self._lowered:
+            return self._lowered[cache_key][0]
+        index = torch.from_numpy(self.key_pattern(n_queries, n_keys).index).to(device)
+        if dense:
+            allowed = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=device)
+            index = allowed.scatter_(1, index, True)
+        return self._lowered.keep(cache_key, (index,))[0]
 
 
 class SparseAttention(ProjectedAttention):

@@ -19,7 +19,7 @@ from canvas_engineering.attention.scan import linear_scan
 from canvas_engineering.errors import CanvasError
 
 #: State elements (batch * steps * channels * state) that one segment of a selective scan may hold.
-SEGMENT_ELEMENTS = 1 << 20
+SEGMENT_ELEMENTS = 1 << 19
 
 
 def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _scan_segment(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state:
     decay = torch.exp(dt.unsqueeze(-1) * a)  # (B, m, d, s)
     inputs = (dt * x).unsqueeze(-1) * b.unsqueeze(2)  # (B, m, d, s)
     h = linear_scan(decay.flatten(2), inputs.flatten(2), state)
-    y = (h.view_as(decay) @ c.unsqueeze(-1)).squeeze(-1)
+    y = torch.einsum("bmds,bms->bmd", h.view_as(decay), c)
     return y, h[:, -1] if h.shape[1] else state
 
 

@@ -34,30 +34,38 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
         initial = b.new_zeros(b.shape[0], b.shape[2])
     if b.shape[1] == 0:
         return b
-    h: Tensor = _LinearScan.apply(a.expand_as(b), b, initial, False)
-    return h
+    return _linear_scan(a.expand_as(b), b, initial, False)
 
 
-class _LinearScan(torch.autograd.Function):
+# An operator of its own, so that torch.compile takes the scan as one node instead of unrolling its loops.
+@torch.library.custom_op("canvas_engineering::linear_scan", mutates_args=())
+def _linear_scan(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
     """The scan, forward in time or, with ``reverse``, backward: ``h[t] = a[t] * h[t+1] + b[t]``."""
+    return _scan(a, b, initial, reverse)
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
-        h = _scan(a, b, initial, reverse)
-        ctx.save_for_backward(a, initial, h)
-        ctx.reverse = reverse
-        return h
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        a, initial, h = ctx.saved_tensors
-        reverse = ctx.reverse
-        first = -1 if reverse else 0
-        # grad_b[t] = grad[t] + a[t+1] * grad_b[t+1]; the factor that roll() brings to the end meets a zero state.
-        a_next = a.roll(1 if reverse else -1, dims=1)
-        grad_b = _LinearScan.apply(a_next, grads[0], torch.zeros_like(initial), not reverse)
-        h_before = torch.cat((h[:, 1:], initial.unsqueeze(1)) if reverse else (initial.unsqueeze(1), h[:, :-1]), dim=1)
-        return grad_b * h_before, grad_b, a[:, first] * grad_b[:, first], None
+@_linear_scan.register_fake
+def _(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+    return b.new_empty(b.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    a, _, initial, ctx.reverse = inputs
+    ctx.save_for_backward(a, initial, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    a, initial, h = ctx.saved_tensors
+    reverse = ctx.reverse
+    first = -1 if reverse else 0
+    # grad_b[t] = grad[t] + a[t+1] * grad_b[t+1]; the factor that roll() wraps around meets a zero state.
+    a_next = a.roll(1 if reverse else -1, dims=1)
+    grad_b = _linear_scan(a_next, grad, torch.zeros_like(initial), not reverse)
+    h_before = torch.cat((h[:, 1:], initial.unsqueeze(1)) if reverse else (initial.unsqueeze(1), h[:, :-1]), dim=1)
+    return grad_b * h_before, grad_b, a[:, first] * grad_b[:, first], None
+
+
+_linear_scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _scan(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:

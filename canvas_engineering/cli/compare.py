@@ -207,6 +207,7 @@ class Candidate:
 
     backend: str
     arrays: str
+    operands: tuple[Any, Any, Any]
     call: Callable[[], Any]
     to_numpy: Callable[[Any], NDArray[Any]]
 
@@ -234,7 +235,7 @@ def _torch_candidate(plan: BlockSparsePlan, arrays: tuple[FloatArray, ...], back
             torch.cuda.synchronize(device)
         return out
 
-    return Candidate(backend, f"torch {device.type}", call, lambda out: out.cpu().numpy())
+    return Candidate(backend, f"torch {device.type}", (q, k, v), call, lambda out: out.cpu().numpy())
 
 
 def _jax_candidate(plan: BlockSparsePlan, arrays: tuple[FloatArray, ...], backend: str) -> Candidate:
@@ -245,7 +246,11 @@ def _jax_candidate(plan: BlockSparsePlan, arrays: tuple[FloatArray, ...], backen
     q, k, v = (jax.numpy.asarray(array) for array in arrays)
     compiled = jax.jit(lambda q, k, v: block_sparse_attention(q, k, v, plan, backend=backend))
     return Candidate(
-        backend, f"jax {jax.default_backend()}", lambda: jax.block_until_ready(compiled(q, k, v)), np.asarray
+        backend,
+        f"jax {jax.default_backend()}",
+        (q, k, v),
+        lambda: jax.block_until_ready(compiled(q, k, v)),
+        np.asarray,
     )
 
 
@@ -275,7 +280,7 @@ def compare_backends(
         An output ``(1, H, N, D)`` (of the first backend that ran, else the reference's), the yardstick, and one
         outcome per backend and array type.
     """
-    from canvas_engineering import available_backends
+    from canvas_engineering.attention.api import available_backends, backend_reasons
 
     yardstick = measure_yardstick(plan, q, k, v)
     outcomes = [Outcome("reference", "numpy", "reference", yardstick.compared, seconds=yardstick.seconds)]
@@ -283,10 +288,15 @@ def compare_backends(
     for name, availability in available_backends().items():
         if name == "reference":
             continue
-        if availability.ok:
-            jobs += candidates(plan, q, k, v, name)
-        else:
+        if not availability.ok:
             outcomes.append(Outcome(name, "-", "skipped", availability.reason))
+            continue
+        for job in candidates(plan, q, k, v, name):
+            reasons = backend_reasons(name, *job.operands, plan)
+            if reasons:
+                outcomes.append(Outcome(name, job.arrays, "skipped", "; ".join(reasons)))
+            else:
+                jobs.append(job)
     outputs = []
     for job in progress(jobs, "backends"):
         result, median, first = timed(job.call, repeat)

@@ -1,13 +1,11 @@
-"""What the commands share: JSON, tables, progress bars, and files that appear whole or not at all."""
+"""What the commands share: JSON, tables, progress bars."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,41 +50,6 @@ def progress(items: Sequence[Item], description: str) -> Iterator[Item]:
     yield from tqdm(items, desc=description, leave=False)
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block succeeds.
-
-    A failure leaves an earlier ``path`` as it was and no temporary file behind. The temporary name keeps the
-    suffix, by which matplotlib chooses the format.
-
-    Raises:
-        OSError: The folder cannot be written; the error names ``path``.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(21, "is a directory, a file was expected", str(path))
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp files are private; a result has the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def writable_folder(path: Path) -> Path:
     """Make ``path`` and prove that files can be made in it, before hours of work and not after.
 
@@ -94,7 +57,5 @@ def writable_folder(path: Path) -> Path:
         OSError: It cannot be made or written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path / ".writable"):
-        pass
-    (path / ".writable").unlink()
-    return path
+    with tempfile.TemporaryFile(dir=path):
+        return path

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from canvas_engineering.cli.output import atomic_path, print_json, seconds
+from canvas_engineering.cli.output import print_json, seconds
 from canvas_engineering.cli.schema_file import add_plan_arguments, add_schema_argument, read_schema
 
 EPILOG = """examples:
@@ -43,11 +43,9 @@ def main(args: argparse.Namespace) -> int:
     compile_seconds = time.perf_counter() - start
 
     if args.save is not None:
-        with atomic_path(args.save) as temporary:
-            plan.save(temporary)
+        plan.save(args.save)
     if args.png is not None:
-        with atomic_path(args.png) as temporary:
-            plan.plot(temporary, layout=schema.layout)
+        plan.plot(args.png)
 
     if args.json:
         print_json(

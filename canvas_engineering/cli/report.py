@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from canvas_engineering._files import atomic_write, write_json
 from canvas_engineering._optional import require
 from canvas_engineering.cli.clip import FloatArray
 from canvas_engineering.cli.compare import OUTCOME_HEADER, Outcome
-from canvas_engineering.cli.output import atomic_path, seconds, table, write_text
+from canvas_engineering.cli.output import seconds, table
 from canvas_engineering.cli.place import PixelRegion, Placed
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def draw_frames(path: Path, region: PixelRegion, output: FloatArray, title: str)
             axes[row, column].set_yticks([])
     axes[0, 0].set_ylabel(f"placed in {region.name!r}")
     axes[1, 0].set_ylabel("read by attention")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def markdown(report: dict[str, Any], outcomes: list[Outcome], explanation: str) -> str:
@@ -82,8 +82,9 @@ def markdown(report: dict[str, Any], outcomes: list[Outcome], explanation: str) 
 def write_results(folder: Path, report: dict[str, Any], text: str) -> list[Path]:
     """Write ``report.json`` and ``report.md``, each whole or not at all."""
     paths = [folder / "report.json", folder / "report.md"]
-    write_text(paths[0], json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(paths[1], text)
+    write_json(paths[0], report)
+    with atomic_write(paths[1]) as file:
+        file.write(text)
     return paths
 
 
@@ -96,8 +97,7 @@ def draw_results(
         output: ``(N, d_model)``, attention output with the content as values.
     """
     paths = [folder / "plan.png"]
-    with atomic_path(paths[0]) as temporary:
-        plan.plot(temporary, layout=layout)
+    plan.plot(paths[0])
     if placed.pixels is not None:
         paths.append(folder / "result.png")
         index = np.asarray(layout.region_indices(placed.pixels.name))

@@ -7,11 +7,36 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from canvas_engineering.groups import BoxPattern
 from canvas_engineering.plan.bits import unique_rows
-from canvas_engineering.plan.entries import Entries, all_entries
+from canvas_engineering.plan.boxes import box_entries
+from canvas_engineering.plan.entries import Entries, pair_entries, rectangle_entries
 from canvas_engineering.plan.parts import Parts
 from canvas_engineering.plan.plan import BlockSparsePlan
 from canvas_engineering.plan.tiling import Tiling
+
+
+def all_entries(parts: Parts, rows: Tiling, cols: Tiling) -> Entries:
+    """Entries of all parts, one mask pool; keys of different parts may coincide."""
+    slots = parts.num_slots
+    pieces = [
+        rectangle_entries(parts, rows, cols),
+        *(
+            box_entries(p, slots, rows, cols)
+            if isinstance(p.pattern, BoxPattern)
+            else pair_entries(p, slots, rows, cols)
+            for p in parts.parts
+            if p.pattern is not None
+        ),
+    ]
+    bases = np.cumsum([0, *(piece.pool.shape[0] for piece in pieces[:-1])])
+    return Entries(
+        np.concatenate([piece.key for piece in pieces]),
+        np.concatenate(
+            [np.where(piece.mask >= 0, piece.mask + base, -1) for piece, base in zip(pieces, bases, strict=True)]
+        ),
+        np.concatenate([piece.pool for piece in pieces]),
+    )
 
 
 def merge_entries(entries: Entries) -> Entries:

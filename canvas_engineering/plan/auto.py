@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from canvas_engineering.groups import BoxPattern
-from canvas_engineering.plan.entries import Cover, Covers, box_visits, pair_entries
+from canvas_engineering.plan.atoms import Tokens
+from canvas_engineering.plan.boxes import box_visits
+from canvas_engineering.plan.entries import pair_visits
 from canvas_engineering.plan.parts import Part, Parts
 from canvas_engineering.plan.tiling import Order, Tiling, tile_order
 
@@ -29,12 +31,17 @@ AUTO_TILES: dict[tuple[int, int], float] = {
     (16, 32): 0.3,
     (16, 16): 0.2,
 }
-#: A candidate that computes more than this many pairs per true pair loses to any that computes fewer.
+#: A candidate that computes more than this many pairs per true pair loses to any that computes fewer; so that
+#: small canvases, whose time is all overhead, are not computed many times over. It does not bind canvases where
+#: windows cut their tiles at any size: there predicted time alone decides.
 WASTE_LIMIT = 1.25
 #: Pairs that one visited tile costs beside its arithmetic (index loads, rescaling): favours fewer, larger tiles.
 ENTRY_OVERHEAD = 512
 #: Runs of tokens of at least this many tiles may be padded to tile boundaries (see ``tile_order``).
 ALIGNMENTS = (math.inf, 1.0, 0.5)
+#: Tiles with which token orders are compared, and how many orders go on to the full comparison.
+PROBE_TILES = ((32, 32), (128, 128))
+FINALISTS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,7 @@ class Candidate:
     cols: Tiling
     visited: int
     true_pairs: int
+    windowed: bool
 
     @property
     def computed_pairs(self) -> int:
@@ -53,86 +61,100 @@ class Candidate:
     def rank(self) -> tuple[bool, float]:
         """Sort key: within the waste limit first, then predicted time."""
         speed = AUTO_TILES.get((self.rows.block, self.cols.block), 1.0)
-        wasteful = self.computed_pairs > WASTE_LIMIT * self.true_pairs
+        wasteful = not self.windowed and self.computed_pairs > WASTE_LIMIT * self.true_pairs
         time = self.computed_pairs / speed + ENTRY_OVERHEAD * self.visited
         # Padding tiles that nothing visits still have to be written and carried.
         return wasteful, time + (self.rows.tiles.size + self.cols.tiles.size)
 
 
-def _bitset(covered: Cover, words: int) -> NDArray[np.uint64]:
-    bits = np.zeros(words * 64, np.bool_)
-    bits[covered.tile] = True
-    return np.packbits(bits, bitorder="little").view(np.uint64)
+@dataclass(frozen=True, eq=False)
+class _Touched:
+    """The tiles that each of several index sets touches under one tiling.
 
-
-def _rectangle_visits(parts: list[Part], num_slots: int, rows: Covers, cols: Covers) -> int:
-    """Exact number of distinct (q tile, slot, kv tile) that rectangles visit, without listing them.
-
-    A q tile that one part fills is visited once per column tile of that part. The few tiles that several parts
-    share are counted by uniting the parts' column tiles as bit sets.
+    Attributes:
+        set_id, tile: ``(n,)`` each, the touched (set, tile) pairs.
+        count: ``(sets,)`` touched tiles of each set.
+        bits: ``(sets, words)`` uint64, the same as bit sets.
     """
-    if not parts:
-        return 0
-    words = -(-cols.tiling.count.size // 64)
-    total = 0
-    shared_key: list[NDArray[np.int64]] = []
-    shared_cols: list[NDArray[np.int64]] = []
-    column_sets: dict[int, int] = {}
-    bitsets: list[NDArray[np.uint64]] = []
-    alone = np.zeros((rows.tiling.count.size, num_slots), np.int64)
-    for part in parts:
-        alone[rows.of(part.rows).tile, part.slot] += 1
-    for part in parts:
-        r, c = rows.of(part.rows), cols.of(part.cols)
-        single = alone[r.tile, part.slot] == 1
-        total += int(single.sum()) * c.tile.size
-        shared = r.tile[~single]
-        if shared.size:
-            number = column_sets.setdefault(id(part.cols), len(bitsets))
-            if number == len(bitsets):
-                bitsets.append(_bitset(c, words))
-            shared_key.append(shared * num_slots + part.slot)
-            shared_cols.append(np.full(shared.size, number, np.int64))
-    if not shared_key:
+
+    set_id: NDArray[np.int64]
+    tile: NDArray[np.int64]
+    count: NDArray[np.int64]
+    bits: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, sets: list[Tokens], tiling: Tiling) -> _Touched:
+        num_tiles = tiling.count.size
+        table = np.zeros((len(sets), -(-num_tiles // 64) * 64), np.bool_)
+        for number, tokens in enumerate(sets):
+            table[number, tiling.place[tokens] // tiling.block] = True
+        set_id, tile = np.nonzero(table)
+        return cls(set_id, tile, table.sum(axis=1), np.packbits(table, axis=1, bitorder="little").view(np.uint64))
+
+
+class _Rectangles:
+    """Counts the distinct (q tile, slot, kv tile) that the parts without a pattern visit, without listing them.
+
+    A q tile that one part has to itself is visited once per column tile of that part. The few tiles that several
+    parts share are counted by uniting the parts' column tiles as bit sets.
+    """
+
+    def __init__(self, parts: Parts, rows: Tiling) -> None:
+        rectangles = [part for part in parts.parts if part.pattern is None]
+        touched = _Touched.of(parts.row_sets, rows)
+        slot = np.array([part.slot for part in rectangles], np.int64)
+        self.col_set = np.array([part.col_set for part in rectangles], np.int64)
+        row_set = np.array([part.row_set for part in rectangles], np.int64)
+        # All (part, touched q tile) pairs, from the touched tiles of the parts' row sets.
+        ptr = np.concatenate([[0], np.cumsum(touched.count)])
+        length = touched.count[row_set]
+        part = np.repeat(np.arange(row_set.size), length)
+        within = np.arange(part.size) - np.repeat(np.cumsum(length) - length, length)
+        key = touched.tile[ptr[row_set][part] + within] * parts.num_slots + slot[part]
+        alone = np.bincount(key, minlength=rows.count.size * parts.num_slots)[key] == 1
+        self.alone = np.bincount(part[alone], minlength=row_set.size)
+        order = np.argsort(key[~alone], kind="stable")
+        key = key[~alone][order]
+        self.shared_cols = self.col_set[part[~alone][order]]
+        self.starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if key.size else key
+
+    def visits(self, cols: _Touched) -> int:
+        total = int(self.alone @ cols.count[self.col_set])
+        step = max(1, (1 << 22) // max(1, cols.bits.shape[1]))  # bounds the united bit sets to 32 MiB
+        for lo in range(0, self.starts.size, step):
+            begin = self.starts[lo]
+            end = self.starts[lo + step] if lo + step < self.starts.size else self.shared_cols.size
+            united = np.bitwise_or.reduceat(
+                cols.bits[self.shared_cols[begin:end]], self.starts[lo : lo + step] - begin, axis=0
+            )
+            total += int(np.bitwise_count(united).sum(dtype=np.int64))
         return total
-    key, column = np.concatenate(shared_key), np.concatenate(shared_cols)
-    order = np.argsort(key, kind="stable")
-    key, column = key[order], column[order]
-    starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-    table = np.stack(bitsets)
-    step = max(1, (1 << 22) // max(1, words))
-    # Cut between keys, so that no union is split.
-    for lo in range(0, starts.size, step):
-        begin = starts[lo]
-        end = starts[lo + step] if lo + step < starts.size else key.size
-        united = np.bitwise_or.reduceat(table[column[begin:end]], starts[lo : lo + step] - begin, axis=0)
-        total += int(np.bitwise_count(united).sum())
-    return total
+
+
+def part_pairs(part: Part) -> int:
+    """Pairs that a part allows."""
+    if part.pattern is None:
+        return part.rows.size * part.cols.size
+    if isinstance(part.pattern, BoxPattern):
+        first, stop = part.pattern.coords.min(axis=0), part.pattern.coords.max(axis=0) + 1
+        extent = np.minimum(part.pattern.hi, stop) - np.maximum(part.pattern.lo, first)
+        return int(np.prod(np.maximum(extent, 0), axis=1, dtype=np.int64).sum())
+    return part.pattern.row.size
 
 
 def true_pairs(parts: Parts) -> int:
-    """Pairs that the parts allow; for a joint softmax an upper bound where groups overlap."""
-    total = 0
-    for part in parts.parts:
-        if part.pattern is None:
-            total += part.rows.size * part.cols.size
-        elif isinstance(part.pattern, BoxPattern):
-            first, stop = part.pattern.coords.min(axis=0), part.pattern.coords.max(axis=0) + 1
-            extent = np.minimum(part.pattern.hi, stop) - np.maximum(part.pattern.lo, first)
-            total += int(np.prod(np.maximum(extent, 0), axis=1, dtype=np.int64).sum())
-        else:
-            total += part.pattern.row.size
-    return total
+    """Pairs that all parts allow; for a joint softmax an upper bound where groups overlap."""
+    return sum(part_pairs(part) for part in parts.parts)
 
 
-def count_visits(parts: Parts, rows: Covers, cols: Covers) -> int:
-    """Visited tiles of all parts under two tilings (tiles that patterned parts share are counted twice)."""
-    visits = _rectangle_visits([p for p in parts.parts if p.pattern is None], parts.num_slots, rows, cols)
+def pattern_visits(parts: Parts, rows: Tiling, cols: Tiling) -> int:
+    """Tiles that the parts with a pattern visit (those that several of them share are counted repeatedly)."""
+    visits = 0
     for part in parts.parts:
         if isinstance(part.pattern, BoxPattern):
-            visits += box_visits(part, rows.tiling, cols.tiling)
+            visits += box_visits(part, rows, cols)
         elif part.pattern is not None:
-            visits += pair_entries(part, parts.num_slots, rows.tiling, cols.tiling).key.size
+            visits += pair_visits(part, rows, cols)
     return visits
 
 
@@ -147,26 +169,71 @@ def tile_pairs(block_q: int | str, block_kv: int | str) -> list[tuple[int, int]]
     return listed or pairs
 
 
+class _Tilings:
+    """Tilings of one order, each made and analysed once; alignments that come to the same tiling are one."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self._tilings: dict[int, list[Tiling]] = {}
+        self._rectangles: dict[int, _Rectangles] = {}
+        self._touched: dict[int, _Touched] = {}
+
+    def tilings(self, block: int, alignments: Sequence[float]) -> list[Tiling]:
+        if block not in self._tilings:
+            distinct: list[Tiling] = []
+            for align in alignments:
+                tiling = tile_order(self.order, block, align)
+                if not any(np.array_equal(tiling.place, known.place) for known in distinct):
+                    distinct.append(tiling)
+            self._tilings[block] = distinct
+        return self._tilings[block]
+
+    def rectangles(self, parts: Parts, tiling: Tiling) -> _Rectangles:
+        if id(tiling) not in self._rectangles:
+            self._rectangles[id(tiling)] = _Rectangles(parts, tiling)
+        return self._rectangles[id(tiling)]
+
+    def touched(self, parts: Parts, tiling: Tiling) -> _Touched:
+        if id(tiling) not in self._touched:
+            self._touched[id(tiling)] = _Touched.of(parts.col_sets, tiling)
+        return self._touched[id(tiling)]
+
+
 def _candidates(
-    parts: Parts, orders: Iterable[tuple[Order, Order]], pairs: list[tuple[int, int]], same_tokens: bool
+    parts: Parts,
+    rows: _Tilings,
+    cols: _Tilings,
+    pairs: Sequence[tuple[int, int]],
+    alignments: Sequence[float],
+    pairs_needed: int,
+    windowed: bool,
 ) -> Iterator[Candidate]:
-    pairs_needed = true_pairs(parts)
-    for q_order, kv_order in orders:
-        tilings: dict[tuple[int, int, float], Covers] = {}
-
-        def tiled(side: int, order: Order, block: int, align: float) -> Covers:
-            key = (0 if same_tokens else side, block, align)
-            if key not in tilings:
-                tilings[key] = Covers(tile_order(order, block, align))
-            return tilings[key]
-
-        for (block_q, block_kv), align_q, align_kv in itertools.product(pairs, ALIGNMENTS, ALIGNMENTS):
-            rows, cols = tiled(0, q_order, block_q, align_q), tiled(1, kv_order, block_kv, align_kv)
-            yield Candidate(rows.tiling, cols.tiling, count_visits(parts, rows, cols), pairs_needed)
+    for block_q, block_kv in pairs:
+        for q_tiling in rows.tilings(block_q, alignments):
+            for kv_tiling in cols.tilings(block_kv, alignments):
+                visited = rows.rectangles(parts, q_tiling).visits(cols.touched(parts, kv_tiling))
+                visited += pattern_visits(parts, q_tiling, kv_tiling)
+                yield Candidate(q_tiling, kv_tiling, visited, pairs_needed, windowed)
 
 
 def choose(
-    parts: Parts, orders: Iterable[tuple[Order, Order]], pairs: list[tuple[int, int]], *, same_tokens: bool
+    parts: Parts, orders: Sequence[tuple[Order, Order]], pairs: Sequence[tuple[int, int]], *, same_tokens: bool
 ) -> Candidate:
-    """The cheapest candidate; ties go to the earlier one."""
-    return min(_candidates(parts, orders, pairs, same_tokens), key=Candidate.rank)
+    """The cheapest candidate; ties go to the earlier one.
+
+    Orders are compared first, with a small and a large tile and everything packed; the best two then meet all
+    tile sizes and alignments.
+    """
+    needed = true_pairs(parts)
+    windowed = 2 * sum(part_pairs(part) for part in parts.parts if isinstance(part.pattern, BoxPattern)) > needed
+    probes = sorted(set(pairs) & set(PROBE_TILES)) or list(pairs[:1])
+
+    def least(order: tuple[Order, Order], tiles: Sequence[tuple[int, int]], alignments: Sequence[float]) -> Candidate:
+        rows = _Tilings(order[0])
+        cols = rows if same_tokens else _Tilings(order[1])
+        return min(_candidates(parts, rows, cols, tiles, alignments, needed, windowed), key=Candidate.rank)
+
+    finalists = list(orders)
+    if len(orders) > FINALISTS:
+        finalists.sort(key=lambda order: least(order, probes, ALIGNMENTS[:1]).rank())
+    return min((least(order, pairs, ALIGNMENTS) for order in finalists[:FINALISTS]), key=Candidate.rank)

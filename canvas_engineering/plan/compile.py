@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 Ranks = NDArray[np.int64]
 #: Cell sizes of the spatial token orders that are tried for box patterns.
-_CELL_SIZES = (16, 32, 64, 128)
-_MAX_CELL_SHAPES = 4
+_CELL_SIZES = (32, 64, 128)
+_MAX_CELL_SHAPES = 3
 
 
 def check_block(name: str, block: BlockSize) -> BlockSize:
@@ -76,7 +76,13 @@ def compile_topology(
         grid=(layout.T, *layout.spatial_shape),
         source=f"topology of {len(topology.connections)} connections on {(layout.T, *layout.spatial_shape)}",
     )
-    return replace(plan, row_weight=normalized(plan), _lowered={}) if normalize and softmax == "connection" else plan
+    return replace(
+        plan,
+        row_weight=normalized(plan) if normalize and softmax == "connection" else plan.row_weight,
+        grid=(layout.T, *layout.spatial_shape),
+        regions=tuple((name, tuple(layout.bounds(name))) for name in layout.regions),
+        _lowered={},
+    )
 
 
 def compile_mask_spec(
@@ -136,7 +142,7 @@ def compile_groups(
     block_kv: BlockSize = "auto",
     grid: tuple[int, ...] | None = None,
     kv_grid: tuple[int, ...] | None = None,
-    order: NDArray[np.int64] | None = None,
+    keep_order: bool = False,
     source: str = "",
 ) -> BlockSparsePlan:
     """Compile groups.
@@ -149,7 +155,7 @@ def compile_groups(
         grid: Shape whose row-major positions the query tokens are, for spatial token orders.
         kv_grid: The same for keys when they are other tokens than the queries; None means the same tokens
             (if ``grid`` is given).
-        order: A token order to keep to, shared by several plans of one canvas; by default one is chosen.
+        keep_order: Keep the tokens in the order in which they are numbered, instead of choosing one.
         source: What the groups came from, for messages.
 
     Raises:
@@ -158,7 +164,7 @@ def compile_groups(
     block_q, block_kv = check_block("block_q", block_q), check_block("block_kv", block_kv)
     same_tokens = grid is not None and kv_grid is None
     parts = make_parts(groups, num_q, num_kv, joint=joint, same_tokens=same_tokens)
-    orders = list(_orders(parts, grid, kv_grid, same_tokens, order))
+    orders = list(_orders(parts, grid, kv_grid, same_tokens, keep_order))
     best = choose(parts, orders, tile_pairs(block_q, block_kv), same_tokens=same_tokens)
     return assemble(parts, best.rows, best.cols, num_q, num_kv, source)
 
@@ -174,14 +180,15 @@ def _orders(
     grid: tuple[int, ...] | None,
     kv_grid: tuple[int, ...] | None,
     same_tokens: bool,
-    fixed: NDArray[np.int64] | None,
+    keep_order: bool,
 ) -> Iterator[tuple[Order, Order]]:
     """Candidate (query order, key order) pairs."""
-    if fixed is not None:
-        position = np.empty(fixed.size, np.int64)
-        position[fixed] = np.arange(fixed.size)
-        whole = Order(fixed, *_runs(parts.q_atoms.of_token[fixed], parts.q_atoms.kind), "fixed")
-        yield whole, whole
+    if keep_order:
+        q_order, kv_order = (
+            Order(np.arange(atoms.of_token.size), *_runs(atoms.of_token, atoms.kind), "given")
+            for atoms in (parts.q_atoms, parts.kv_atoms)
+        )
+        yield q_order, kv_order
         return
     inner_candidates: list[tuple[Ranks | None, Ranks | None]] = [(None, None)]
     if grid is not None:
@@ -189,7 +196,7 @@ def _orders(
     elif any(isinstance(part.pattern, PairPattern) for part in parts.parts):
         inner_candidates.append(_clustered(parts))
     for q_inner, kv_inner in inner_candidates:
-        for by_kind in (True, False):
+        for by_kind in (True, False) if parts.q_atoms.count > 1 or parts.kv_atoms.count > 1 else (True,):
             q_order = order_atoms(parts.q_atoms, by_kind=by_kind, inner=q_inner)
             if same_tokens:
                 yield q_order, q_order
@@ -232,7 +239,7 @@ def _spatial_orders(
 
 
 def cell_shapes(extent: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Cell shapes worth trying: volumes of 16 to 128 that divide the extent evenly, the most cubic ones first."""
+    """Cell shapes worth trying: volumes of 32 to 128 that divide the extent evenly, the most cubic ones first."""
     divisors = [[n for n in range(1, min(size, 128) + 1) if size % n == 0] for size in extent]
     shapes = []
     for volume in _CELL_SIZES:

@@ -20,16 +20,16 @@ class Part:
     ``0..n-1``, which is the least number of softmax sets possible. A joint softmax has only slot 0.
 
     Attributes:
-        rows, cols: Token ids; equal index sets are the same array object.
-        row_atoms: Atoms that the rows consist of.
+        rows, cols: Token ids.
+        row_set, col_set: Index into ``Parts.row_sets``, ``Parts.col_sets``: equal sets have equal numbers.
         slot: Softmax slot.
         weight, connection, pattern: As in the group.
     """
 
     rows: Tokens
     cols: Tokens
-    row_atoms: NDArray[np.int64]
-    col_atoms: NDArray[np.int64]
+    row_set: int
+    col_set: int
     slot: int
     weight: float
     connection: int
@@ -43,16 +43,19 @@ class Parts:
     Attributes:
         q_atoms, kv_atoms: The same object when queries and keys are the same tokens.
         num_slots: Softmax slots in use.
+        row_sets, col_sets: The distinct index sets of the parts' rows and columns.
     """
 
     parts: list[Part]
+    row_sets: list[Tokens]
+    col_sets: list[Tokens]
     q_atoms: Atoms
     kv_atoms: Atoms
     num_slots: int
     joint: bool
 
 
-class _Distinct:
+class _Uses:
     """Index sets by identity, each with its use (role), in order of appearance."""
 
     def __init__(self) -> None:
@@ -67,10 +70,18 @@ class _Distinct:
             self.roles.append(role)
 
 
-def _atoms_of(atoms: Atoms, cache: dict[int, NDArray[np.int64]], tokens: Tokens) -> NDArray[np.int64]:
-    if id(tokens) not in cache:
-        cache[id(tokens)] = atoms.of_set(tokens)
-    return cache[id(tokens)]
+class _Numbering:
+    """Numbers index sets by identity."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Tokens] = []
+        self._number: dict[int, int] = {}
+
+    def of(self, tokens: Tokens) -> int:
+        if id(tokens) not in self._number:
+            self._number[id(tokens)] = len(self.arrays)
+            self.arrays.append(tokens)
+        return self._number[id(tokens)]
 
 
 def make_parts(groups: Sequence[Group], num_q: int, num_kv: int, *, joint: bool, same_tokens: bool) -> Parts:
@@ -82,48 +93,43 @@ def make_parts(groups: Sequence[Group], num_q: int, num_kv: int, *, joint: bool,
         joint: One softmax per row over everything.
         same_tokens: Queries and keys are the same tokens and share one order.
     """
-    rows, cols = _Distinct(), _Distinct()
+    rows, cols = _Uses(), _Uses()
     for group in groups:
         rows.add(group.rows, 2 * group.connection)
         (rows if same_tokens else cols).add(group.cols, 2 * group.connection + 1)
     q_atoms = partition(num_q, rows.arrays, rows.roles)
     kv_atoms = q_atoms if same_tokens else partition(num_kv, cols.arrays, cols.roles)
-    row_cache: dict[int, NDArray[np.int64]] = {}
-    col_cache = row_cache if same_tokens else {}
-
+    atoms_of_rows: dict[int, NDArray[np.int64]] = {}
     used = np.zeros(q_atoms.count, np.int64)  # groups each atom stands in so far
     parts: list[Part] = []
     split_rows: dict[tuple[int, bytes], Tokens] = {}
+    row_sets, col_sets = _Numbering(), _Numbering()
     for group in groups:
-        row_atoms = _atoms_of(q_atoms, row_cache, group.rows)
-        col_atoms = _atoms_of(kv_atoms, col_cache, group.cols)
+        if id(group.rows) not in atoms_of_rows:
+            atoms_of_rows[id(group.rows)] = q_atoms.of_set(group.rows)
+        row_atoms = atoms_of_rows[id(group.rows)]
         slots = np.zeros(row_atoms.size, np.int64) if joint else used[row_atoms]
         used[row_atoms] += 1
         distinct_slots = np.unique(slots)
         for slot in distinct_slots:
-            if distinct_slots.size == 1:
-                part_rows, part_atoms, pattern = group.rows, row_atoms, group.pattern
-            else:
-                part_atoms = row_atoms[slots == slot]
-                key = (id(group.rows), part_atoms.tobytes())
-                mine = np.isin(q_atoms.of_token[group.rows], part_atoms)
-                if key not in split_rows:
-                    split_rows[key] = group.rows[mine]
-                part_rows = split_rows[key]
-                pattern = None
-                if group.pattern is not None:
-                    pattern = group.pattern.restrict(np.flatnonzero(mine), slice(None))
+            rows_here, pattern = group.rows, group.pattern
+            if distinct_slots.size > 1:
+                atoms_here = row_atoms[slots == slot]
+                mine = np.isin(q_atoms.of_token[group.rows], atoms_here)
+                rows_here = split_rows.setdefault((id(group.rows), atoms_here.tobytes()), group.rows[mine])
+                if pattern is not None:
+                    pattern = pattern.restrict(np.flatnonzero(mine), slice(None))
             parts.append(
                 Part(
-                    part_rows,
-                    group.cols,
-                    part_atoms,
-                    col_atoms,
-                    int(slot),
-                    group.weight,
-                    group.connection,
-                    pattern,
+                    rows=rows_here,
+                    cols=group.cols,
+                    row_set=row_sets.of(rows_here),
+                    col_set=col_sets.of(group.cols),
+                    slot=int(slot),
+                    weight=group.weight,
+                    connection=group.connection,
+                    pattern=pattern,
                 )
             )
     num_slots = 0 if not parts else 1 + max(part.slot for part in parts)
-    return Parts(parts, q_atoms, kv_atoms, num_slots, joint)
+    return Parts(parts, row_sets.arrays, col_sets.arrays, q_atoms, kv_atoms, num_slots, joint)

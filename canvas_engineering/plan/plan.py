@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -96,8 +96,11 @@ class BlockSparsePlan:
         masks: ``(num_masks, block_q, block_kv // 8)`` uint8, distinct masks of partial tiles, bit-packed along
             the keys (bit ``j % 8`` of byte ``j // 8``).
         row_weight: ``(num_sets, block_q)`` float32, weight of each row in each set, 0 where the row has none.
-        row_connection: ``(num_sets, block_q)`` int32, index of the connection a row's group comes from, -1 for none.
+        row_connection: ``(num_sets, block_q)`` int32, index of the connection a row's group comes from, -1 for
+            none, and for the one set of a joint softmax.
         source: What the plan was compiled from, for messages and files.
+        grid, regions: Canvas shape ``(T, *spatial)`` and the (name, bounds) of its regions, for pictures; may be
+            empty. These three are no part of the digest.
     """
 
     num_q: int
@@ -115,6 +118,8 @@ class BlockSparsePlan:
     row_weight: NDArray[np.float32]
     row_connection: IntArray
     source: str = ""
+    grid: tuple[int, ...] = ()
+    regions: tuple[tuple[str, tuple[int, ...]], ...] = ()
     _lowered: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     # -- construction ---------------------------------------------------------------------------------------
@@ -373,6 +378,13 @@ class BlockSparsePlan:
     def __str__(self) -> str:
         return self.stats().describe(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Lowered arrays belong to this process's devices, derived ones are cheap to derive again.
+        return {f.name: {} if f.name == "_lowered" else getattr(self, f.name) for f in fields(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockSparsePlan:
+        return self  # immutable, so a copied module may share it
+
     # -- devices and files ----------------------------------------------------------------------------------
 
     def lowered(self, key: Hashable, lower: Callable[[BlockSparsePlan], Lowered]) -> Lowered:
@@ -413,14 +425,21 @@ class BlockSparsePlan:
 
         return load_plan(path)
 
-    def plot(self, path: str | Path | None = None, *, layout: CanvasLayout | None = None) -> Any:
-        """Draw the tiles in plan order, regions labelled when ``layout`` is given; needs matplotlib.
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the visited tiles in plan order, regions along both axes; needs matplotlib (extra ``viz``).
 
-        Returns the ``matplotlib.figure.Figure``; writes it to ``path`` if given.
+        Args:
+            path: Where to write the picture (png, svg, pdf, ...); None writes nothing.
+
+        Returns:
+            The ``matplotlib.figure.Figure``.
+
+        Raises:
+            PlanError: ``path`` has an ending that matplotlib cannot write. MissingDependencyError: no matplotlib.
         """
         from canvas_engineering.plan.plot import plot_plan
 
-        return plot_plan(self, path, layout=layout)
+        return plot_plan(self, path)
 
     def to_mask_info(self, head_shards: int = 1, q_seq_shards: int = 1) -> Any:
         """The ``MaskInfo`` of JAX's Splash attention for this plan, in plan order; joint plans only.

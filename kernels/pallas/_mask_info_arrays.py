@@ -9,6 +9,7 @@ query blocks are counted from the shard's first one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,15 +68,14 @@ def shrunk_arrays(
     ]
     # Entries per line: a row of the grid, or for dK/dV a column of it.
     lines = [
-        np.bincount(walk.kv if is_dkv else walk.q, minlength=num_kv_blocks if is_dkv else shard_rows)
-        for walk in walks
+        np.bincount(walk.kv if is_dkv else walk.q, minlength=num_kv_blocks if is_dkv else shard_rows) for walk in walks
     ]
     lengths = [max(1, int(counts.max(initial=0))) for counts in lines]
     longest = max(lengths)
 
     # For dK/dV the arrays are filled transposed, so that a line is a row either way.
     shape = (q_seq_shards, num_kv_blocks if is_dkv else shard_rows, longest)
-    dtypes = _choose_dtypes([blocks], shard_rows, num_masks, is_dkv, downcast and np.prod(shape) > 0)
+    dtypes = _choose_dtypes([blocks], shard_rows, num_masks, is_dkv, downcast and math.prod(shape) > 0)
     data_next = np.zeros(shape, dtypes.data_next)
     mask_next = np.zeros(shape, dtypes.mask_next) if num_masks else None
     block_mask = np.zeros(shape, dtypes.block_mask)
@@ -89,19 +89,16 @@ def shrunk_arrays(
         data_next[shard, :, length:] = data_next[shard, :, length - 1 : length]
         if mask_next is not None:
             partial = np.flatnonzero(walk.mask >= 0)
-            mask_next[shard, line, slot] = _next_values(
-                len(line), partial, walk.mask[partial], dtypes.mask_next
-            )
+            mask_next[shard, line, slot] = _next_values(len(line), partial, walk.mask[partial], dtypes.mask_next)
             mask_next[shard, :, length:] = mask_next[shard, :, length - 1 : length]
 
     def planes(array: np.ndarray) -> np.ndarray:
         if is_dkv:
             array = array.swapaxes(1, 2)
-        return np.repeat(array.reshape(1, -1, array.shape[2]), head_shards, axis=0)
+        shards, height, width = array.shape
+        return np.repeat(array.reshape(1, shards * height, width), head_shards, axis=0)
 
-    return GridArrays(
-        planes(data_next), None if mask_next is None else planes(mask_next), planes(block_mask)
-    )
+    return GridArrays(planes(data_next), None if mask_next is None else planes(mask_next), planes(block_mask))
 
 
 def whole_arrays(
@@ -123,15 +120,14 @@ def whole_arrays(
     shard_rows = num_rows // q_seq_shards
     heads_per_shard = len(mask_of_head) // head_shards
     shard_masks = [
-        tuple(mask_of_head[shard * heads_per_shard : (shard + 1) * heads_per_shard])
-        for shard in range(head_shards)
+        tuple(mask_of_head[shard * heads_per_shard : (shard + 1) * heads_per_shard]) for shard in range(head_shards)
     ]
     if all(len(set(heads)) == 1 for heads in shard_masks):
         shard_masks = [heads[:1] for heads in shard_masks]
     planes = len(shard_masks[0])
 
     shape = (head_shards * planes, num_rows, num_kv_blocks)
-    dtypes = _choose_dtypes(masks, shard_rows, num_masks, is_dkv, downcast and np.prod(shape) > 0)
+    dtypes = _choose_dtypes(masks, shard_rows, num_masks, is_dkv, downcast and math.prod(shape) > 0)
     data_next = np.zeros(shape, dtypes.data_next)
     mask_next = np.zeros(shape, dtypes.mask_next) if num_masks else None
     block_mask = np.zeros(shape, dtypes.block_mask)

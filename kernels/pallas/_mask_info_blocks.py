@@ -156,9 +156,10 @@ def _key_interval(library: ModuleType, mask: Any, rows: slice) -> tuple[np.ndarr
         return first, first + (num_kv - 1)
     if kind not in (library.CausalMask, library.LocalMask, library.ChunkedCausalMask):
         return None
-    if mask.q_sequence.shape != (num_q,) or mask.q_sequence.dtype.kind != "i":
+    positions = np.asarray(mask.q_sequence)
+    if positions.shape != (num_q,) or positions.dtype.kind != "i":
         return None
-    query = mask.q_sequence[rows].astype(np.int64)
+    query = positions[rows].astype(np.int64)
     if kind is library.ChunkedCausalMask:
         return query // mask.chunk_size * mask.chunk_size, query
     before, after = (None, 0) if kind is library.CausalMask else mask.window_size
@@ -170,9 +171,7 @@ def _key_interval(library: ModuleType, mask: Any, rows: slice) -> tuple[np.ndarr
     return first, last
 
 
-def _interval_kinds(
-    first: np.ndarray, last: np.ndarray, block_q: int, num_kv_blocks: int, block_kv: int
-) -> np.ndarray:
+def _interval_kinds(first: np.ndarray, last: np.ndarray, block_q: int, num_kv_blocks: int, block_kv: int) -> np.ndarray:
     """``array_kinds`` of the mask whose row ``i`` allows the columns ``first[i]..last[i]``, both included."""
     num_rows = len(first) // block_q
     width = num_kv_blocks + 1

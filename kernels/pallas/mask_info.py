@@ -8,14 +8,14 @@ million positions never exists as such.
 
 How it differs from JAX's own: a mask of n cells is read once, at the speed of memory, and masks that are known
 analytically are not read at all; an all-empty mask, and sequence shards of a mask without partial blocks, have an
-answer (see ``process_mask``); and results are not cached, so changing a mask in place is safe.
+answer (see ``process_mask``); and arrays are not cached, so changing a mask in place is safe.
 
 A ``MaskInfo`` made here can be given to JAX's ``SplashAttentionKernel`` as it is.
 """
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,13 @@ from canvas_engineering.kernels.pallas._mask_info_blocks import (
     BlockStore,
     array_kinds,
     list_blocks,
+)
+from canvas_engineering.kernels.pallas._mask_info_checks import (
+    Grid,
+    check_grid,
+    check_lists,
+    describe,
+    positive,
 )
 
 if TYPE_CHECKING:
@@ -75,18 +82,6 @@ class MaskInfo(NamedTuple):
     """True where the mask is a traced array; None otherwise."""
 
 
-class _Grid(NamedTuple):
-    """A checked division of a mask ``(heads, q, kv)`` into blocks and shards."""
-
-    num_heads: int
-    num_q_blocks: int
-    num_kv_blocks: int
-    block_q: int
-    block_kv: int
-    head_shards: int
-    q_seq_shards: int
-
-
 def process_mask(
     mask: Any,
     block_shape: tuple[int, int],
@@ -115,7 +110,8 @@ def process_mask(
         shrink_grid: squeeze empty blocks out, which is possible where all heads have one mask.
 
     Returns:
-        The ``MaskInfo``, and the mask's own function if the kernel can compute the mask, else None.
+        The ``MaskInfo``, and the mask's function if the kernel can compute the mask, else None. Equal masks get
+        the same function, so that a kernel built anew for each layer is compiled once.
 
     Raises:
         CanvasError: (a ``ValueError``) ``mask`` is not of three dimensions or has no ``masks``; blocks or shards
@@ -124,19 +120,17 @@ def process_mask(
     masks = getattr(mask, "masks", None)
     if masks is None:
         raise CanvasError(
-            f"mask must be a MultiHeadMask of shape (heads, num_q, num_kv), got {_describe(mask)}; "
+            f"mask must be a MultiHeadMask of shape (heads, num_q, num_kv), got {describe(mask)}; "
             "process_dynamic_mask takes arrays"
         )
-    grid = _check_grid(mask.shape, block_shape, head_shards, q_seq_shards)
+    grid = check_grid(mask.shape, block_shape, head_shards, q_seq_shards)
     distinct, mask_of_head = _distinct_masks(masks)
     q_sequence, mask_function = None, None
     if len(distinct) == 1:
         q_sequence, mask_function = _computable(distinct[0])
     store = BlockStore(grid.block_q, grid.block_kv) if mask_function is None else None
     lists = [list_blocks(one, grid.block_q, grid.block_kv, store) for one in distinct]
-    info = _lower(
-        grid, lists, mask_of_head, store, is_dkv=is_dkv, downcast=downcast_smem_data, shrink=shrink_grid
-    )
+    info = _lower(grid, lists, mask_of_head, store, is_dkv=is_dkv, downcast=downcast_smem_data, shrink=shrink_grid)
     return info._replace(q_sequence=q_sequence), mask_function
 
 
@@ -196,8 +190,8 @@ def process_dynamic_mask(
     """
     jnp = require("jax.numpy", "jax", "process_dynamic_mask")
     if getattr(mask, "dtype", None) != np.bool_:
-        raise CanvasError(f"mask must be an array of bool, got {_describe(mask)}")
-    grid = _check_grid(mask.shape, block_shape, head_shards, q_seq_shards)
+        raise CanvasError(f"mask must be an array of bool, got {describe(mask)}")
+    grid = check_grid(mask.shape, block_shape, head_shards, q_seq_shards)
     heads, rows, columns = grid.num_heads, grid.num_q_blocks, grid.num_kv_blocks
     shard_heads, shard_rows = heads // grid.head_shards, rows // grid.q_seq_shards
 
@@ -297,27 +291,26 @@ def mask_info_from_blocks(
         CanvasError: (a ``ValueError``) sizes that are not positive, shards that do not divide, arrays of the
             wrong shape or type, numbers out of range or out of order.
     """
-    rows, columns = _positive("num_q_blocks", num_q_blocks), _positive("num_kv_blocks", num_kv_blocks)
-    block = (_positive("block_q", block_q), _positive("block_kv", block_kv))
-    shards = _positive("head_shards", head_shards)
-    grid = _check_grid((shards, rows * block[0], columns * block[1]), block, shards, q_seq_shards)
+    row_ptr, kv_index, mask_index = (np.asarray(array) for array in (row_ptr, kv_index, mask_index))
+    rows, columns = positive("num_q_blocks", num_q_blocks), positive("num_kv_blocks", num_kv_blocks)
+    block = (positive("block_q", block_q), positive("block_kv", block_kv))
+    shards = positive("head_shards", head_shards)
+    grid = check_grid((shards, rows * block[0], columns * block[1]), block, shards, q_seq_shards)
     if partial_mask_blocks is None:
         partial_mask_blocks = np.zeros((0, *block), np.bool_)
     if partial_mask_blocks.dtype != np.bool_ or partial_mask_blocks.shape[1:] != block:
         raise CanvasError(
             f"partial_mask_blocks must be a bool array of shape (num_masks, {block[0]}, {block[1]}), "
-            f"got {_describe(partial_mask_blocks)}"
+            f"got {describe(partial_mask_blocks)}"
         )
-    _check_lists(row_ptr, kv_index, mask_index, rows, columns, len(partial_mask_blocks))
+    check_lists(row_ptr, kv_index, mask_index, rows, columns, len(partial_mask_blocks))
     store = BlockStore(*block)
     lists = _normalise(row_ptr, kv_index, mask_index, partial_mask_blocks, store)
-    return _lower(
-        grid, [lists], [0] * shards, store, is_dkv=is_dkv, downcast=downcast_smem_data, shrink=shrink_grid
-    )
+    return _lower(grid, [lists], [0] * shards, store, is_dkv=is_dkv, downcast=downcast_smem_data, shrink=shrink_grid)
 
 
 def _lower(
-    grid: _Grid,
+    grid: Grid,
     lists: Sequence[BlockLists],
     mask_of_head: Sequence[int],
     store: BlockStore | None,
@@ -372,10 +365,13 @@ def _distinct_masks(masks: Iterable[Any]) -> tuple[list[Any], list[int]]:
         if number is None:
             number = len(distinct)
             # The hash of a mask reads all of it: only pay for it where there is something to compare with.
-            if distinct:
-                if not by_value:
-                    by_value[distinct[0]] = 0
-                number = by_value.setdefault(mask, number)
+            if number:
+                try:
+                    if not by_value:
+                        by_value[distinct[0]] = 0
+                    number = by_value.setdefault(mask, number)
+                except (TypeError, NotImplementedError):  # a class of the user's that cannot be hashed or compared
+                    number = len(distinct)
             if number == len(distinct):
                 distinct.append(mask)
             by_identity[id(mask)] = number
@@ -391,83 +387,19 @@ def _computable(mask: Any) -> tuple[np.ndarray | None, Callable[..., Any] | None
             "a mask must have both q_sequence and mask_function or neither, "
             f"got {type(mask).__name__} with only {'q_sequence' if mask_function is None else 'mask_function'}"
         )
-    return q_sequence, mask_function
-
-
-def _check_grid(
-    shape: Sequence[int], block_shape: Sequence[int], head_shards: int, q_seq_shards: int
-) -> _Grid:
-    if len(shape) != 3:
-        raise CanvasError(f"mask must have three dimensions (heads, num_q, num_kv), got shape {tuple(shape)}")
-    if len(block_shape) != 2:
-        raise CanvasError(f"block_shape must be (block_q, block_kv), got {tuple(block_shape)}")
-    num_heads, num_q, num_kv = (operator.index(size) for size in shape)
-    block_q = _positive("block_shape[0]", block_shape[0])
-    block_kv = _positive("block_shape[1]", block_shape[1])
-    head_shards = _positive("head_shards", head_shards)
-    q_seq_shards = _positive("q_seq_shards", q_seq_shards)
-    _check_divides("block_q", block_q, "num_q", num_q)
-    _check_divides("block_kv", block_kv, "num_kv", num_kv)
-    _check_divides("head_shards", head_shards, "the number of heads", num_heads)
-    _check_divides("q_seq_shards", q_seq_shards, "the number of query blocks (num_q / block_q)", num_q // block_q)
-    return _Grid(num_heads, num_q // block_q, num_kv // block_kv, block_q, block_kv, head_shards, q_seq_shards)
-
-
-def _check_divides(name: str, divisor: int, what: str, number: int) -> None:
-    if number % divisor:
-        raise CanvasError(f"{name} must divide {what}, got {divisor} and {number}")
-
-
-def _positive(name: str, value: Any) -> int:
+    if mask_function is None:
+        return None, None
     try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise CanvasError(f"{name} must be a positive integer, got {value!r}")
-    return number
+        return q_sequence, _shared_function(mask)
+    except (TypeError, NotImplementedError):  # a class of the user's that cannot be hashed or compared
+        return q_sequence, mask_function
 
 
-def _check_lists(
-    row_ptr: np.ndarray,
-    kv_index: np.ndarray,
-    mask_index: np.ndarray,
-    num_q_blocks: int,
-    num_kv_blocks: int,
-    num_masks: int,
-) -> None:
-    """Every number that is used as an index later on is in range, and every row is in order."""
-    for name, array, length in (
-        ("row_ptr", row_ptr, num_q_blocks + 1),
-        ("kv_index", kv_index, len(kv_index)),
-        ("mask_index", mask_index, len(kv_index)),
-    ):
-        if array.dtype.kind not in "iu" or array.shape != (length,):
-            raise CanvasError(f"{name} must be an integer array of shape ({length},), got {_describe(array)}")
-    steps = np.diff(row_ptr.astype(np.int64, copy=False))
-    if row_ptr[0] != 0 or row_ptr[-1] != len(kv_index) or (steps < 0).any():
-        raise CanvasError(
-            f"row_ptr must ascend from 0 to the number of entries, {len(kv_index)}, "
-            f"got {row_ptr[0]} to {row_ptr[-1]}, smallest step {steps.min()}"
-        )
-    for name, array, low, high in (
-        ("kv_index", kv_index, 0, num_kv_blocks - 1),
-        ("mask_index", mask_index, -1, num_masks - 1),
-    ):
-        if len(array) and not (low <= array.min() and array.max() <= high):
-            raise CanvasError(
-                f"{name} must lie in {low}..{high}, got values from {array.min()} to {array.max()}"
-            )
-    ascending = np.diff(kv_index.astype(np.int64, copy=False)) > 0
-    row_ends = row_ptr[1:-1]
-    ascending[row_ends[(row_ends > 0) & (row_ends < len(kv_index))] - 1] = True
-    if not ascending.all():
-        entry = int(np.argmin(ascending)) + 1
-        row = int(np.searchsorted(row_ptr, entry, side="right")) - 1
-        raise CanvasError(
-            "kv_index must strictly ascend within each row of blocks, "
-            f"got {kv_index[entry - 1]} before {kv_index[entry]} in row {row}"
-        )
+@functools.lru_cache(maxsize=32)
+def _shared_function(mask: Any) -> Callable[..., Any]:
+    """The function of the first mask seen that equals this one: jit tells functions apart by identity."""
+    function: Callable[..., Any] = mask.mask_function
+    return function
 
 
 def _normalise(
@@ -496,14 +428,3 @@ def _normalise(
         row_ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])[row_ptr]
         kv_index, mask_index = kv_index[kept], mask_index[kept]
     return BlockLists(row_ptr, kv_index.astype(np.int32, copy=False), mask_index)
-
-
-def _describe(value: Any) -> str:
-    """Type, and shape and dtype where there are any, for error messages."""
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    parts = [type(value).__name__]
-    if shape is not None:
-        parts.append(f"of shape {tuple(shape)}")
-    if dtype is not None:
-        parts.append(f"and dtype {dtype}")
-    return " ".join(parts)

@@ -214,9 +214,7 @@ def _softmax_sets(call: _Call) -> Iterator[_SoftmaxSet]:
             )
 
 
-def _probabilities(
-    scores: Float64, allowed: NDArray[np.bool_], activation: Activation
-) -> tuple[Float64, Float64]:
+def _probabilities(scores: Float64, allowed: NDArray[np.bool_], activation: Activation) -> tuple[Float64, Float64]:
     """Softmax (or sigmoid) over the allowed keys and its log-sum-exp; a row without keys gets 0 and -inf."""
     if activation == "sigmoid":
         # tanh never overflows, unlike exp

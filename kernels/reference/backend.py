@@ -97,6 +97,8 @@ def attention(
 ) -> Any:
     """Output, or output and log-sum-exp; differentiable for torch tensors and JAX arrays."""
     call = Call(plan, scale, activation, dropout_p, seed)
+    out: Any
+    lse: Any
     match framework_of(q):
         case "torch":
             from canvas_engineering.kernels.reference.torch_bridge import torch_attention

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from canvas_engineering.kernels.reference.backend import Call
 
 
-def torch_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     """Output in q's dtype and log-sum-exp in float32 (float64 for float64), on q's device."""
     if row_weight is None:
         row_weight = torch.from_numpy(call.plan.row_weight)
@@ -29,9 +27,7 @@ def _array(tensor: Tensor) -> NDArray[np.float64]:
 
 class _Reference(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         out, lse = call.forward(*map(_array, (q, k, v, row_weight)))
         ctx.save_for_backward(q, k, v, row_weight)
         ctx.call = call

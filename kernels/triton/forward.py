@@ -16,117 +16,17 @@ from canvas_engineering.kernels.triton.layout import (
     ROWS_WORK,
 )
 from canvas_engineering.kernels.triton.tiles import (
+    block_tokens,
     dropout_keep,
     dropout_rows,
-    load_all_rows,
     load_rows,
-    load_tokens,
     row_pointers,
-    sigmoid_scores,
+    sigmoid2,
     store_rows,
     tile_mask,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def visit_entries(
-    b_q,
-    b_acc,
-    b_m,
-    b_l,
-    begin,
-    end,
-    list_position,
-    list_count,
-    list_mask,
-    p_k,
-    p_v,
-    stride_kn,
-    stride_vn,
-    p_tokens,
-    p_masks,
-    o_m,
-    dropout_row,
-    dropout_threshold,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASK_WORDS: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Add the kv tiles ``begin:end`` of one list to the online softmax (accumulator, maximum, sum) of a set."""
-    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # the block is larger than the tile
-    o_d = tl.arange(0, D)
-    for step in range(begin * N_BLOCKS, end * N_BLOCKS):
-        entry = step // N_BLOCKS
-        n_start = (step % N_BLOCKS) * BLOCK_N
-        o_n = n_start + tl.arange(0, BLOCK_N)
-        position = tl.load(list_position + entry)
-        pointers_k = row_pointers(p_k, stride_kn, p_tokens, position, o_n, o_d, CONTIGUOUS)
-        pointers_v = row_pointers(p_v, stride_vn, p_tokens, position, o_n, o_d, CONTIGUOUS)
-        if MASKED:
-            count = tl.load(list_count + entry)
-            mask_id = tl.load(list_mask + entry)
-            m_n = o_n < count
-            b_k = load_rows(pointers_k, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-        elif PADDED:
-            m_n = o_n < BLOCK_KV
-            b_k = load_rows(pointers_k, m_n, o_d, HEAD_DIM, D)
-        else:
-            b_k = load_all_rows(pointers_k, o_d, HEAD_DIM, D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-
-        if MASKED:
-            allowed = m_n[None, :] & tile_mask(
-                p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_N, MASK_WORDS, False
-            )
-        elif PADDED:
-            allowed = m_n[None, :]
-
-        if SIGMOID:
-            b_p = sigmoid_scores(b_s, scale_log2)
-            if MASKED or PADDED:
-                b_p = tl.where(allowed, b_p, 0.0)
-        else:
-            b_s = b_s * scale_log2
-            if MASKED or PADDED:
-                b_s = tl.where(allowed, b_s, float("-inf"))
-            b_max = tl.maximum(b_m, tl.max(b_s, 1))
-            if MASKED:
-                # A row without an allowed key so far: any finite shift gives exp2(-inf) = 0 instead of NaN.
-                shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-            else:
-                shift = b_max
-            b_p = tl.math.exp2(b_s - shift[:, None])
-            rescale = tl.math.exp2(b_m - shift)
-            b_l = b_l * rescale + tl.sum(b_p, 1)
-            b_acc = b_acc * rescale[:, None]
-            b_m = b_max
-
-        if DROPOUT:
-            k_tokens = load_tokens(p_tokens, position, o_n, CONTIGUOUS)
-            keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
-            b_p = tl.where(keep, b_p, 0.0)
-
-        if MASKED:
-            b_v = load_rows(pointers_v, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-        elif PADDED:
-            b_v = load_rows(pointers_v, m_n, o_d, HEAD_DIM, D)
-        else:
-            b_v = load_all_rows(pointers_v, o_d, HEAD_DIM, D)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_m, b_l
 
 
 @triton.jit
@@ -154,7 +54,7 @@ def forward_kernel(
     stride_ob,
     stride_oh,
     stride_on,
-    num_programs_per_head,
+    blocks_per_head,
     heads,
     group,
     num_q,
@@ -168,13 +68,13 @@ def forward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASK_WORDS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
     SIGMOID: tl.constexpr,
     DROPOUT: tl.constexpr,
     STORE_LSE: tl.constexpr,
     STORE_SETS: tl.constexpr,
+    SKIP_DEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``out[rows] = sum_s weight_s[rows] * softmax_s(q[rows] k^T) v`` for one block of rows of one head.
@@ -185,151 +85,131 @@ def forward_kernel(
     ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
+    KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # the block is larger than the tile
     program = tl.program_id(0)
-    batch_head = program // num_programs_per_head
-    work = program % num_programs_per_head
-    batch = (batch_head // heads).to(tl.int64)
-    head = (batch_head % heads).to(tl.int64)
-    kv_head = head // group
+    batch_head = (program // blocks_per_head).to(tl.int64)
+    work = program % blocks_per_head
+    batch = batch_head // heads
+    head = batch_head % heads
 
     tile = tl.load(p_rows + tl.load(p_rows + ROWS_WORK) + work // M_BLOCKS)
     position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
     count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
-    list_set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
-    list_full_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR)
-    list_full_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-    list_partial_ptr = p_rows + tl.load(p_rows + ROWS_PARTIAL_PTR)
-    list_partial_position = p_rows + tl.load(p_rows + ROWS_PARTIAL_POSITION)
-    list_partial_count = p_rows + tl.load(p_rows + ROWS_PARTIAL_COUNT)
-    list_partial_mask = p_rows + tl.load(p_rows + ROWS_PARTIAL_MASK)
+    set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
+    first_set = tl.load(set_ptr + tile)
+    last_set = tl.load(set_ptr + tile + 1)
 
-    o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, D)
+    o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < count
-    if CONTIGUOUS:
-        q_tokens = position + o_m
-    else:
-        q_tokens = tl.load(p_tokens + position + o_m, mask=m_m, other=0)
-    m_tile = o_m < BLOCK_Q
+    q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
     rows64 = q_tokens.to(tl.int64)
 
     p_q += batch * stride_qb + head * stride_qh
-    p_k += batch * stride_kb + kv_head * stride_kh
-    p_v += batch * stride_vb + kv_head * stride_vh
+    p_k += batch * stride_kb + (head // group) * stride_kh
+    p_v += batch * stride_vb + (head // group) * stride_vh
     p_out += batch * stride_ob + head * stride_oh
-    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
+    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
-    else:
-        dropout_row = o_m
 
     b_out = tl.zeros([BLOCK_M, D], tl.float32)
-    first_set = tl.load(list_set_ptr + tile)
-    last_set = tl.load(list_set_ptr + tile + 1)
-    if not MANY_SETS:
-        if STORE_LSE:
-            # Rows of a tile without any set: nothing below writes them.
-            if first_set == last_set:
-                tl.store(
-                    p_lse + batch_head.to(tl.int64) * num_q + rows64,
-                    tl.full([BLOCK_M], float("-inf"), tl.float32),
-                    mask=m_m,
-                )
+    if STORE_LSE and not MANY_SETS:
+        # Rows that no set below reaches, or whose set is skipped.
+        empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        if first_set == last_set:
+            tl.store(p_lse + batch_head * num_q + rows64, empty, mask=m_m)
+
     for s in range(first_set, last_set):
-        b_w = tl.load(p_weight + s.to(tl.int64) * BLOCK_Q + o_m, mask=m_m, other=0.0)
-        # With gradients every set is computed: the derivative by a weight that is 0 need not be 0.
-        if STORE_SETS or tl.sum((b_w != 0.0).to(tl.int32), 0) > 0:
+        o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
+        if MANY_SETS:
+            o_lse = o_set
+            m_lse = o_m < BLOCK_Q
+        else:
+            o_lse = batch_head * num_q + rows64
+            m_lse = m_m
+        b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+        alive = True
+        if SKIP_DEAD:
+            alive = tl.sum((b_w != 0.0).to(tl.int32), 0) > 0
+        if alive:
             b_acc = tl.zeros([BLOCK_M, D], tl.float32)
-            b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            b_l = tl.zeros([BLOCK_M], tl.float32)
-            b_acc, b_m, b_l = visit_entries(
-                b_q,
-                b_acc,
-                b_m,
-                b_l,
-                tl.load(list_full_ptr + s),
-                tl.load(list_full_ptr + s + 1),
-                list_full_position,
-                list_full_position,
-                list_full_position,
-                p_k,
-                p_v,
-                stride_kn,
-                stride_vn,
-                p_tokens,
-                p_masks,
-                o_m,
-                dropout_row,
-                dropout_threshold,
-                scale_log2,
-                HEAD_DIM,
-                D,
-                BLOCK_Q,
-                BLOCK_KV,
-                BLOCK_M,
-                BLOCK_N,
-                MASK_WORDS,
-                CONTIGUOUS,
-                SIGMOID,
-                DROPOUT,
-                PRECISION,
-                MASKED=False,
-            )
-            b_acc, b_m, b_l = visit_entries(
-                b_q,
-                b_acc,
-                b_m,
-                b_l,
-                tl.load(list_partial_ptr + s),
-                tl.load(list_partial_ptr + s + 1),
-                list_partial_position,
-                list_partial_count,
-                list_partial_mask,
-                p_k,
-                p_v,
-                stride_kn,
-                stride_vn,
-                p_tokens,
-                p_masks,
-                o_m,
-                dropout_row,
-                dropout_threshold,
-                scale_log2,
-                HEAD_DIM,
-                D,
-                BLOCK_Q,
-                BLOCK_KV,
-                BLOCK_M,
-                BLOCK_N,
-                MASK_WORDS,
-                CONTIGUOUS,
-                SIGMOID,
-                DROPOUT,
-                PRECISION,
-                MASKED=True,
-            )
+            b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            b_sum = tl.zeros([BLOCK_M], tl.float32)
+            for MASKED in tl.static_range(2):
+                if MASKED:
+                    entry_ptr = p_rows + tl.load(p_rows + ROWS_PARTIAL_PTR) + s
+                    entry_position = p_rows + tl.load(p_rows + ROWS_PARTIAL_POSITION)
+                    entry_count = p_rows + tl.load(p_rows + ROWS_PARTIAL_COUNT)
+                    entry_mask = p_rows + tl.load(p_rows + ROWS_PARTIAL_MASK)
+                else:
+                    entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
+                    entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
+                for step in range(tl.load(entry_ptr) * N_BLOCKS, tl.load(entry_ptr + 1) * N_BLOCKS):
+                    entry = step // N_BLOCKS
+                    n_start = (step % N_BLOCKS) * BLOCK_N
+                    o_n = n_start + tl.arange(0, BLOCK_N)
+                    kv_position = tl.load(entry_position + entry)
+                    m_n = o_n < BLOCK_KV
+                    if MASKED:
+                        m_n = o_n < tl.load(entry_count + entry)
+                    p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                    p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+
+                    allowed = m_n[None, :]
+                    if MASKED:
+                        mask_id = tl.load(entry_mask + entry)
+                        allowed = allowed & tile_mask(
+                            p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
+                        )
+                    b_s = b_s * scale_log2
+                    if MASKED or KEYS_PADDED:
+                        b_s = tl.where(allowed, b_s, float("-inf"))
+                    if SIGMOID:
+                        b_p = sigmoid2(b_s)
+                    else:
+                        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+                        shift = b_new
+                        if MASKED:
+                            # No allowed key so far: any finite shift makes exp2(-inf) = 0 instead of NaN.
+                            shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                        b_p = tl.math.exp2(b_s - shift[:, None])
+                        rescale = tl.math.exp2(b_max - shift)
+                        b_sum = b_sum * rescale + tl.sum(b_p, 1)
+                        b_acc = b_acc * rescale[:, None]
+                        b_max = b_new
+                    if DROPOUT:
+                        k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
+                        keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
+                        b_p = tl.where(keep, b_p, 0.0)
+                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
+                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+
             if SIGMOID:
                 inverse = tl.full([BLOCK_M], 1.0, tl.float32)
             else:
-                inverse = tl.where(b_l > 0.0, 1.0 / b_l, 0.0)
+                # A row without keys has sum 0 and maximum -inf: output 0 / 1, log-sum-exp -inf + log 1.
+                b_sum = tl.where(b_sum > 0.0, b_sum, 1.0)
+                inverse = 1.0 / b_sum
+                if STORE_LSE:
+                    b_lse = b_max * LN2 + tl.log(b_sum)
+                    tl.store(p_lse + o_lse, b_lse, mask=m_lse)
             if DROPOUT:
                 inverse = inverse * dropout_scale
-            if STORE_LSE:
-                b_lse = tl.where(b_l > 0.0, b_m * LN2 + tl.log(b_l), float("-inf"))
-                if MANY_SETS:
-                    o_lse = (batch_head.to(tl.int64) * num_sets + s) * BLOCK_Q + o_m
-                    tl.store(p_lse + o_lse, b_lse, mask=m_tile)
-                else:
-                    tl.store(p_lse + batch_head.to(tl.int64) * num_q + rows64, b_lse, mask=m_m)
             if STORE_SETS:
-                o_set = (batch_head.to(tl.int64) * num_sets + s) * BLOCK_Q + o_m
-                store_rows(
-                    p_set_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :],
-                    b_acc * inverse[:, None],
-                    m_tile,
-                    o_d,
-                    HEAD_DIM,
-                    D,
-                )
-            b_out += b_acc * (inverse * b_w)[:, None]
+                p_set_rows = p_set_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :]
+                store_rows(p_set_rows, b_acc * inverse[:, None], o_m < BLOCK_Q, o_d, HEAD_DIM, D)
+            if MANY_SETS:
+                b_out += b_acc * (inverse * b_w)[:, None]
+            else:
+                b_out = b_acc * (inverse * b_w)[:, None]
+        else:
+            if STORE_LSE:
+                # -inf means probability 0 to the backward kernels.
+                tl.store(p_lse + o_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=m_lse)
+            if not MANY_SETS:
+                b_out = tl.zeros([BLOCK_M, D], tl.float32)
     store_rows(p_out + (rows64 * stride_on)[:, None] + o_d[None, :], b_out, m_m, o_d, HEAD_DIM, D)

@@ -65,9 +65,8 @@ def inputs(n_queries: int, n_keys: int, dtype: torch.dtype) -> list[torch.Tensor
 def probe(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient of a parameter contracted with fixed random tensors, `(PROBES,)`: wrong in any place, wrong here."""
     stream = np.random.RandomState(gradient.numel() % 2**31)
-    return torch.stack(
-        [(gradient * torch.as_tensor(stream.standard_normal(tuple(gradient.shape)))).sum() for _ in range(PROBES)]
-    )
+    tensors = [torch.as_tensor(stream.standard_normal(tuple(gradient.shape))).to(gradient) for _ in range(PROBES)]
+    return torch.stack([(gradient * tensor).sum() for tensor in tensors])
 
 
 def results(module: torch.nn.Module, n_queries: int, n_keys: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def results(module: torch.nn.Module, n_queries: int, n_keys: int, dtype: torch.d
         found[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     for name, parameter in sorted(module.named_parameters()):
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found["d_" + name] = probe(gradient.double())
+        found["d_" + name] = probe(gradient)
     return {name: tensor.detach().double().numpy() for name, tensor in found.items()}
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from equivalence.cases import Inputs
-from equivalence.tolerance import Arrays, Options, torch_dtype
 from numpy.typing import NDArray
 
 from canvas_engineering.attention.api import block_sparse_attention
 from canvas_engineering.kernels.reference.attention import attention_backward
 from canvas_engineering.plan import BlockSparsePlan
+from equivalence.cases import Inputs
+from equivalence.tolerance import Arrays, Options, torch_dtype
 
 ALL_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -79,7 +79,10 @@ def _float64(array: Any) -> NDArray[np.float64]:
 
 def _run_numpy(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str, options: Options) -> Arrays:
     """NumPy has no autograd: gradients come from the hand-written backward, in float64."""
-    q, k, v = (x.astype(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    import ml_dtypes
+
+    to = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    q, k, v = (x.astype(to) for x in (inputs.q, inputs.k, inputs.v))
     row_weight = inputs.row_weight if options.override_weight else None
     result = block_sparse_attention(q, k, v, plan, row_weight=row_weight, **_keywords(backend, options))
     out, lse = result if options.lse else (result, None)
@@ -118,7 +121,8 @@ def _run_torch(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: s
     if options.override_weight:
         leaves.append(tensor(inputs.row_weight, accumulate).requires_grad_())
     row_weight = leaves[3] if options.override_weight else None
-    result = block_sparse_attention(*leaves[:3], plan, row_weight=row_weight, **_keywords(backend, options))
+    q, k, v = leaves[:3]
+    result = block_sparse_attention(q, k, v, plan, row_weight=row_weight, **_keywords(backend, options))
     outputs = list(result) if options.lse else [result]
     assert outputs[0].dtype == to
     assert outputs[-1].dtype == (accumulate if options.lse else to)
@@ -140,9 +144,8 @@ def _run_jax(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str
         if options.override_weight:
             operands.append(jnp.asarray(inputs.row_weight, accumulate))
 
-        def call(*arrays: Any) -> Any:
-            row_weight = arrays[3] if options.override_weight else None
-            return block_sparse_attention(*arrays[:3], plan, row_weight=row_weight, **_keywords(backend, options))
+        def call(q: Any, k: Any, v: Any, row_weight: Any = None) -> Any:
+            return block_sparse_attention(q, k, v, plan, row_weight=row_weight, **_keywords(backend, options))
 
         @jax.jit
         def forward_and_backward(operands: list[Any], cotangents: Any) -> Any:
@@ -157,12 +160,13 @@ def _run_jax(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str
         assert out.dtype == dtype
         arrays = {"out": out, **dict(zip(("dq", "dk", "dv", "drow_weight"), grads, strict=False))}
         if options.lse:
+            assert lse is not None
             assert lse.dtype == accumulate
             arrays["lse"] = lse
         return {name: _float64(array) for name, array in arrays.items()}
 
 
-REFERENCE = Backend("reference", "numpy", dtypes=("float16", "float32", "float64"))
+REFERENCE = Backend("reference", "numpy")
 PORTABLE_TORCH = Backend("portable", "torch")
 PORTABLE_JAX = Backend("portable", "jax")
 BACKENDS = (REFERENCE, PORTABLE_TORCH, PORTABLE_JAX)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from equivalence.build import plan_from_dense
 from numpy.typing import NDArray
 
 from canvas_engineering.plan import BlockSparsePlan
+from equivalence.build import plan_from_dense
 
 Float64 = NDArray[np.float64]
 
@@ -60,9 +60,7 @@ def _built(case: Case, block_q: int, block_kv: int) -> BlockSparsePlan:
     return case.build(block_q, block_kv)
 
 
-def make_inputs(
-    plan: BlockSparsePlan, batch: int, heads_q: int, heads_kv: int, head_dim: int, seed: int
-) -> Inputs:
+def make_inputs(plan: BlockSparsePlan, batch: int, heads_q: int, heads_kv: int, head_dim: int, seed: int) -> Inputs:
     """Standard normal operands; weights in [0, 2) with some exact zeros, as gates and triggers give."""
     rng = np.random.default_rng(seed)
     q_shape = (batch, heads_q, plan.num_q, head_dim)

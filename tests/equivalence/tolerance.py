@@ -2,8 +2,8 @@
 
 The dense computation of the same case runs in torch, in the dtype under test, with every product and softmax
 rounded to that dtype. Its maximal and root-mean-square errors against float64 are what the dtype costs; a
-backend gets a small factor over them for its different order of summation, and one unit in the last place of
-the largest value, because a dense result may happen to be exact.
+backend gets a small factor over them for its different order of summation, and one rounding error of the
+terms that a result is the sum of, because a dense result may happen to be exact.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from equivalence.cases import Inputs
 from numpy.typing import NDArray
 
 from canvas_engineering.kernels.reference.attention import attention_backward, attention_forward
 from canvas_engineering.kernels.reference.dropout import keep_mask
 from canvas_engineering.plan import BlockSparsePlan
+from equivalence.cases import Inputs
 
 #: One rounding error more or less moves a maximum more than it moves an average.
 MAX_FACTOR = 4.0
@@ -117,7 +117,7 @@ def dense(plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str) -
     scores = (q @ k_heads.transpose(-1, -2)) * scale
     keep = _keep(plan, q, options)
 
-    out = torch.zeros(q.shape, dtype=accumulate)
+    out = q.to(accumulate) * 0  # a function of q even where the plan is empty
     for mask, weight in zip(masks, weights, strict=True):
         prob = _probabilities(scores, mask, options)
         out = out + weight[:, None] * ((prob * keep) @ v_heads).to(accumulate)
@@ -147,11 +147,10 @@ def dense(plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str) -
 
 
 def magnitude(plan: BlockSparsePlan, inputs: Inputs, options: Options) -> Arrays:
-    """Sums of absolute values of the terms of dQ and dK.
+    """Sums of absolute values of the terms of every result: what one rounding error is measured by.
 
-    The gradient of a score is ``p (dp - sum(p dp))``. Where the two cancel, as in a row with one key, a dense
-    computation may be exact, but one that takes the sum from the rounded output is off by a rounding error of
-    the terms, which is what these sums measure.
+    Where terms cancel (the score gradient ``p (dp - sum(p dp))`` of a row with one key is 0), a dense computation
+    may happen to be exact, while one that forms the same sum in another way is off by a rounding of the terms.
     """
     q, k, v, grad_out, grad_lse = (
         torch.from_numpy(x) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out, inputs.grad_lse)
@@ -160,13 +159,34 @@ def magnitude(plan: BlockSparsePlan, inputs: Inputs, options: Options) -> Arrays
     scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
     k_heads, v_heads = _for_every_head(q, k), _for_every_head(q, v)
     scores, keep = (q @ k_heads.transpose(-1, -2)) * scale, _keep(plan, q, options)
-    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-    for mask, weight in zip(masks, weights, strict=True):
-        dp = ((weight[:, None] * grad_out) @ v_heads.transpose(-1, -2)).abs() * keep
-        terms = _probabilities(scores, mask, options) * (dp + (grad_lse.abs()[..., None] if options.lse else 0))
+    score_terms = abs(scale) * (q.abs() @ k_heads.abs().transpose(-1, -2))
+    out, dq = torch.zeros_like(q), torch.zeros_like(q)
+    dk, dv = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
+    lse, dweight = torch.zeros(q.shape[:-1]).double(), torch.zeros_like(weights)
+    for slot, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
+        prob = _probabilities(scores, mask, options)
+        one, grad = (prob * keep) @ v_heads.abs(), (weight[:, None] * grad_out).abs()
+        terms = prob * ((grad @ v_heads.abs().transpose(-1, -2)) * keep + grad_lse.abs()[..., None] * options.lse)
+        out += weight.abs()[:, None] * one
+        lse += (prob * score_terms).sum(-1)
         dq += abs(scale) * (terms @ k_heads.abs())
-        dk += abs(scale) * (terms.transpose(-1, -2) @ q.abs()).unflatten(1, (k.shape[1], -1)).sum(2)
-    return {"dq": dq.numpy(), "dk": dk.numpy()}
+        dk += abs(scale) * (terms.transpose(-1, -2) @ q.abs())
+        dv += (prob * keep).transpose(-1, -2) @ grad
+        dweight[slot] = (grad_out.abs() * one).sum((0, 1, 3))
+    (slot_of, token), (s, column) = _slots(plan)
+    row_terms = np.zeros(plan.row_weight.shape)
+    row_terms[s, column] = dweight.numpy()[slot_of, token]
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    arrays = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return {"drow_weight": row_terms, **{name: x.numpy() for name, x in arrays.items()}}
+
+
+def _slots(plan: BlockSparsePlan) -> tuple[tuple[NDArray[np.intp], ...], tuple[NDArray[np.intp], ...]]:
+    """Indices of all rows in dense weights ``(S, Nq)`` and, in the same order, in ``row_weight``."""
+    tokens = plan.q_tokens[plan.set_tile]
+    s, column = np.nonzero(tokens >= 0)
+    slot = s - plan.set_ptr[plan.set_tile[s]]
+    return (slot.astype(np.intp), tokens[s, column].astype(np.intp)), (s, column)
 
 
 def _row_weight(plan: BlockSparsePlan, inputs: Inputs, options: Options) -> NDArray[np.float64]:
@@ -197,17 +217,12 @@ def _keep(plan: BlockSparsePlan, q: torch.Tensor, options: Options) -> torch.Ten
 def _dense_plan(plan: BlockSparsePlan, row_weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks ``(S, Nq, Nkv)`` and, differentiably, the weights ``(S, Nq)`` that ``row_weight`` means."""
     masks = torch.from_numpy(plan.to_dense()[0])
-    slot = np.arange(plan.num_sets) - plan.set_ptr[plan.set_tile]
-    tokens = plan.q_tokens[plan.set_tile]
-    s, column = np.nonzero(tokens >= 0)
-    where = tuple(torch.from_numpy(index.astype(np.int64)) for index in (slot[s], tokens[s, column]))
+    dense_at, plan_at = (tuple(map(torch.from_numpy, where)) for where in _slots(plan))
     weights = torch.zeros(masks.shape[:2], dtype=row_weight.dtype)
-    return masks, weights.index_put(where, row_weight[torch.from_numpy(s), torch.from_numpy(column)])
+    return masks, weights.index_put(dense_at, row_weight[plan_at])
 
 
-def assert_close(
-    actual: Arrays, plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str
-) -> None:
+def assert_close(actual: Arrays, plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str) -> None:
     """Compare every result of ``actual`` with the reference; a failure names array, errors and coordinates.
 
     ``inputs`` are those that the backend computed with: already passed through :func:`round_inputs`.
@@ -224,7 +239,9 @@ def assert_close(
             problems.append(f"{name}: tokens that take no part must be exactly 0")
         wide = name in ("lse", "drow_weight") and dtype != "float64"
         eps = float(torch.finfo(torch.float32 if wide else torch_dtype(dtype)).eps)
-        problems += compare(name, actual[name], right, plain[name], terms.get(name, right), eps)
+        problems += compare(
+            name, actual[name], right, plain[name], terms[name] + np.abs(np.where(np.isinf(right), 0, right)), eps
+        )
     assert not problems, "\n".join([f"{dtype} {options} {plan!r}", *problems])
 
 

@@ -1,0 +1,265 @@
+"""Block-sparse attention on a TPU: differentiable, in the order of tiles (``tiled_attention``) and of tokens.
+
+``tiled_attention`` is the operation with a hand-written gradient. It knows nothing of tokens, so that a shard of a
+plan can be run through it as well (see ``sharding``).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from canvas_engineering.kernels.pallas.backward import backward_cols, backward_rows
+from canvas_engineering.kernels.pallas.config import Activation, KernelConfig, PlanArrays
+from canvas_engineering.kernels.pallas.forward import forward
+from canvas_engineering.kernels.pallas.launch import Interpret
+from canvas_engineering.kernels.pallas.lowering import FULL, MASKED, EntryList, LoweredPlan, lower_plan
+from canvas_engineering.kernels.pallas.order import TokenOrder, from_tiles, to_tiles
+from canvas_engineering.kernels.pallas.tile_math import LOG2_E, fmix, times
+from canvas_engineering.kernels.pallas.tiles import padded_head_dim
+from canvas_engineering.plan import BlockSparsePlan
+
+#: Stands for the log-sum-exp of a row without keys in the backward pass: every probability becomes 0.
+NO_PROBABILITY = 1e30
+
+
+@partial(
+    jax.jit,
+    static_argnames=("plan", "scale", "activation", "dropout_p", "return_lse", "interpret"),
+)
+def plan_attention(
+    q: Array,  # (B, Hq, Nq, D)
+    k: Array,  # (B, Hkv, Nkv, D)
+    v: Array,  # (B, Hkv, Nkv, D)
+    row_weight: Array | None,  # (num_sets, block_q) or None for the plan's
+    seed: Array | None,  # (2,) uint32, low and high word
+    *,
+    plan: BlockSparsePlan,
+    scale: float,
+    activation: Activation,
+    dropout_p: float,
+    return_lse: bool,
+    interpret: Interpret,
+) -> Array | tuple[Array, Array]:
+    """Output ``(B, Hq, Nq, D)``, and with ``return_lse`` the log-sum-exp ``(B, Hq, Nq)`` float32.
+
+    The plan is static and hashed by its content: equal plans share one compilation.
+    """
+    lowered = plan.lowered("pallas", lower_plan)
+    q_order = plan.lowered("pallas q order", lambda p: TokenOrder.of(p.q_tokens, p.num_q, p.digest))
+    kv_order = plan.lowered("pallas kv order", lambda p: TokenOrder.of(p.kv_tokens, p.num_kv, p.digest))
+    batch, heads_q, _, head_dim = q.shape
+    if not lowered.rows.tile.size or not lowered.cols.tile.size:  # no queries, or no keys
+        out = jnp.zeros_like(q)
+        return (out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)) if return_lse else out
+
+    config = kernel_config(
+        plan,
+        lowered,
+        scale=abs(scale) or 1.0,
+        activation=activation,
+        dropout_p=dropout_p,
+        weighted=row_weight is not None or not lowered.unit_weight,
+        interpret=interpret,
+    )
+    q_hash = kv_hash = None
+    if dropout_p and seed is not None:
+        q_hash = _head_major(to_tiles(q_order, query_hash(seed, batch, heads_q, plan.num_q)), plan.block_q)
+        kv_hash = times(jnp.asarray(kv_order.tokens), 0xC2B2AE3D).reshape(-1, 1, plan.block_kv)
+    arrays = plan_arrays(lowered, q_hash, kv_hash)
+    weight = pad_row_weight(lowered, row_weight)
+
+    out, lse = tiled_attention(
+        config,
+        row_weight is not None and not return_lse,
+        arrays,
+        _operand(to_tiles(q_order, _signed(q, scale))),
+        _operand(to_tiles(kv_order, k)),
+        _operand(to_tiles(kv_order, v)),
+        weight,
+    )
+    out = from_tiles(q_order, out.reshape(batch, heads_q, -1, out.shape[-1]))[..., :head_dim]
+    if not return_lse:
+        return out
+    if lowered.rows.softmax_set is not None:
+        lse = lse[:, lowered.tile_set]
+    return out, from_tiles(q_order, lse.reshape(batch, heads_q, -1))
+
+
+def kernel_config(
+    plan: BlockSparsePlan,
+    lowered: LoweredPlan,
+    *,
+    scale: float,
+    activation: Activation,
+    dropout_p: float,
+    weighted: bool,
+    interpret: Interpret,
+) -> KernelConfig:
+    return KernelConfig(
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+        num_sets=lowered.num_sets,
+        multi_set=lowered.max_sets > 1,
+        weighted=weighted,
+        activation=activation,
+        scale=scale,
+        dropout_p=dropout_p,
+        rows=lowered.row_shape,
+        cols=lowered.col_shape,
+        interpret=interpret,
+    )
+
+
+def plan_arrays(lowered: LoweredPlan, q_hash: Array | None, kv_hash: Array | None) -> PlanArrays:
+    has_masks = lowered.row_masks.shape[0] > 0
+    return PlanArrays(
+        rows=_as_jax(lowered.rows),
+        cols=_as_jax(lowered.cols),
+        row_masks=jnp.asarray(lowered.row_masks) if has_masks else None,
+        col_masks=jnp.asarray(lowered.col_masks) if has_masks else None,
+        q_hash=q_hash,
+        kv_hash=kv_hash,
+    )
+
+
+def pad_row_weight(lowered: LoweredPlan, row_weight: Array | None) -> Array:
+    """``(num_sets, 1, block_q)`` float32, with the extra set's zeros where there is one."""
+    if row_weight is None:
+        return jnp.asarray(lowered.row_weight)
+    extra = lowered.num_sets - row_weight.shape[0]
+    return jnp.pad(row_weight.astype(jnp.float32), ((0, extra), (0, 0)))[:, None]
+
+
+def query_hash(seed: Array, batch: int, heads: int, num_q: int) -> Array:
+    """``(B, Hq, Nq)`` int32: the part of the dropout hash that seed, head and query token determine."""
+    low, high = lax.bitcast_convert_type(seed, jnp.int32)
+    bh = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
+    head = fmix(low ^ times(bh, 0x9E3779B1))
+    return fmix(head ^ times(jnp.arange(num_q, dtype=jnp.int32), 0x85EBCA77) ^ times(high, 0x27D4EB2F))
+
+
+# -- the differentiable operation ---------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tiled_attention(
+    config: KernelConfig,
+    skip_zero_weight: bool,
+    arrays: PlanArrays,
+    q: Array,  # (B * Hq, q_tiles * block_q, D)
+    k: Array,  # (B * Hkv, kv_tiles * block_kv, D)
+    v: Array,  # (B * Hkv, kv_tiles * block_kv, D)
+    weight: Array,  # (num_sets, 1, block_q) float32
+) -> tuple[Array, Array]:
+    """Output like ``q``, and the log-sum-exp of every set ``(B * Hq, num_sets, 1, block_q)`` float32.
+
+    For sigmoid the log-sum-exp is ``-inf``.
+
+    Args:
+        skip_zero_weight: Sets whose weights are all 0 need not be computed, for nobody asks for their
+            log-sum-exp. (Where the weights are differentiated, they are computed all the same.)
+    """
+    if skip_zero_weight:
+        arrays = _skip_zero_weight(arrays, weight)
+    out, lse, _ = forward(config, arrays, q, k, v, weight, by_set=False)
+    return out, _or_no_lse(config, q, lse)
+
+
+def _forward_rule(
+    config: KernelConfig, skip_zero_weight: bool, arrays: Any, q: Any, k: Any, v: Any, weight: Any
+) -> tuple[tuple[Array, Array], Any]:
+    """Under ``symbolic_zeros`` every operand comes with whether it is being differentiated."""
+    arrays = jax.tree.map(lambda leaf: leaf.value, arrays)
+    if skip_zero_weight and not weight.perturbed:
+        arrays = _skip_zero_weight(arrays, weight.value)
+    operands = (q.value, k.value, v.value, weight.value)
+    out, lse, set_out = forward(config, arrays, *operands, by_set=config.keeps_outputs_by_set)
+    kept_out = out if set_out is None else set_out
+    return (out, _or_no_lse(config, q.value, lse)), (arrays, *operands, kept_out, lse)
+
+
+def _backward_rule(config: KernelConfig, skip_zero_weight: bool, saved: Any, grads: Any) -> tuple[Any, ...]:
+    arrays, q, k, v, weight, out, lse = saved
+    grad_out, grad_lse = grads
+    if isinstance(grad_out, SymbolicZero):
+        grad_out = jnp.zeros_like(q)
+    if isinstance(grad_lse, SymbolicZero) or config.activation == "sigmoid":
+        grad_lse = None
+    if skip_zero_weight and grad_lse is None:  # without weight a set has no part in dQ, dK and dV
+        arrays = _skip_zero_weight(arrays, weight)
+    base_2 = None if lse is None else jnp.where(jnp.isneginf(lse), NO_PROBABILITY, lse * LOG2_E)
+    dq, delta = backward_rows(config, arrays, q, k, v, weight, out, base_2, grad_out, grad_lse)
+    dk, dv = backward_cols(config, arrays, q, k, v, weight, delta, base_2, grad_out, grad_lse)
+    return None, dq, dk, dv, delta.sum(axis=0)
+
+
+tiled_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _or_no_lse(config: KernelConfig, q: Array, lse: Array | None) -> Array:
+    if lse is not None:
+        return lse
+    return jnp.full((q.shape[0], config.num_sets, 1, config.block_q), -jnp.inf, jnp.float32)
+
+
+def _skip_zero_weight(arrays: PlanArrays, weight: Array) -> PlanArrays:
+    """Entries of sets without weight compute nothing, and name the blocks of the entry before: nothing is loaded."""
+    active = (weight != 0).any(axis=(1, 2))  # (num_sets,)
+
+    def skip(entries: EntryList, q_tile: Array, *, repeat_set: bool) -> EntryList:
+        softmax_set = q_tile if entries.softmax_set is None else entries.softmax_set
+        computes = active[softmax_set.astype(jnp.int32)]
+        place = jnp.arange(computes.shape[1], dtype=jnp.int32)
+        latest = lax.cummax(jnp.where(computes, place, 0), axis=1)
+
+        def repeat(column: Array | None) -> Array | None:
+            return None if column is None else jnp.take_along_axis(column, latest, axis=1)
+
+        return entries._replace(
+            other=repeat(entries.other),
+            softmax_set=repeat(entries.softmax_set) if repeat_set else entries.softmax_set,
+            mask=repeat(entries.mask),
+            flags=jnp.where(computes, entries.flags, entries.flags & jnp.int8(~(FULL | MASKED))),
+        )
+
+    rows, cols = arrays.rows, arrays.cols
+    return arrays._replace(
+        # The row list writes results by set, so its sets stay; the column list only reads by set.
+        rows=skip(rows, rows.tile, repeat_set=False),  # type: ignore[arg-type]
+        cols=skip(cols, cols.other, repeat_set=True),  # type: ignore[arg-type]
+    )
+
+
+# -- shapes -------------------------------------------------------------------------------------------------
+
+
+def _signed(q: Array, scale: float) -> Array:
+    """Kernels take a positive scale: a sign, and a zero, go into q, where they are exact."""
+    return q if scale > 0 else q * jnp.asarray(math.copysign(1.0, scale) if scale else 0.0, q.dtype)
+
+
+def _operand(x: Array) -> Array:
+    """``(B, H, N, D)`` to ``(B * H, N, padded D)``."""
+    padding = padded_head_dim(x.shape[-1]) - x.shape[-1]
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _head_major(x: Array, block: int) -> Array:
+    """``(B, H, tiles * block)`` to ``(B * H, tiles, 1, block)``."""
+    return x.reshape(x.shape[0] * x.shape[1], -1, 1, block)
+
+
+def _as_jax(entries: EntryList) -> EntryList:
+    return EntryList(*(None if column is None else jnp.asarray(column) for column in entries))  # type: ignore[arg-type]
+
+
+__all__ = ["kernel_config", "plan_arrays", "plan_attention", "tiled_attention"]

@@ -1,0 +1,323 @@
+"""A plan as the TPU kernels read it: flat lists of entries, and masks packed for the vector unit.
+
+The forward and dQ kernels walk the *row list*: the entries of the plan in order of q tile and softmax set. The
+dK/dV kernel walks the *column list*: the transpose, in order of kv tile. A list is a few parallel integer arrays
+that the kernels prefetch into scalar memory (SMEM). SMEM is 1 MiB, so a long list is cut, between tiles, into
+chunks of equal length that run one after the other through one compiled kernel.
+
+Every tile and every set has at least one entry in its list: where the plan visits nothing a *dummy* entry, which
+computes nothing, makes the kernel write zeros.
+
+Masks are unpacked from the plan's bits and packed again along the sublanes: rows ``8 g + r`` of a mask, for
+``g = 0..31``, are bit ``g`` of row ``r`` of eight rows of 32-bit words, so that a register of mask (8 rows) is one
+shift of one register of words.
+
+Only NumPy is needed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from canvas_engineering.errors import PlanError
+from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.bits import pack_masks, unpack_masks
+
+# What a kernel does at an entry, as bits of its flags.
+FIRST_OF_SET = 1
+LAST_OF_SET = 2
+FIRST_OF_TILE = 4
+LAST_OF_TILE = 8
+FULL = 16
+MASKED = 32
+
+SUBLANES = 8
+#: SMEM for one list. The whole SMEM is 1 MiB; the rest is left to the pipeline and the compiler.
+LIST_BYTES = 512 * 1024
+_MASK_CHUNK = 1 << 24  # bools unpacked at a time
+
+
+class EntryList(NamedTuple):
+    """Parallel arrays ``(chunks, length)`` of the smallest integer type that holds them; a pytree.
+
+    ``None`` stands for an array that says nothing: ``softmax_set`` where each q tile has exactly the set of its
+    own number, ``mask`` where the plan has no masks.
+    """
+
+    tile: NDArray[np.integer]  # the tile that is accumulated: q tile (row list) or kv tile (column list)
+    other: NDArray[np.integer]  # the tile that is streamed
+    softmax_set: NDArray[np.integer] | None
+    mask: NDArray[np.integer] | None
+    flags: NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class ListShape:
+    """What a kernel must know of a list when it is compiled."""
+
+    chunks: int
+    length: int
+    has_full: bool
+    has_masked: bool
+    computed: int  # entries that compute something
+
+    @property
+    def entries(self) -> int:
+        return self.chunks * self.length
+
+
+@dataclass(frozen=True, eq=False)
+class LoweredPlan:
+    """All that the kernels need of a plan.
+
+    Attributes:
+        num_sets: Softmax sets, with one more at the end where some q tile has none of its own.
+        tile_set: ``(num_q_tiles,)`` int32: first set of each q tile.
+        max_sets: Most sets of one q tile, at least 1.
+        row_masks: ``(num_masks, words, block_kv)`` int32, packed along the queries.
+        col_masks: ``(num_masks, words, block_q)`` int32, packed along the keys.
+        row_weight: ``(num_sets, 1, block_q)`` float32.
+        unit_weight: Whether every weight that counts is 1, so that none has to be applied.
+    """
+
+    num_sets: int
+    tile_set: NDArray[np.int32]
+    max_sets: int
+    rows: EntryList
+    cols: EntryList
+    row_shape: ListShape
+    col_shape: ListShape
+    row_masks: NDArray[np.int32]
+    col_masks: NDArray[np.int32]
+    row_weight: NDArray[np.float32]
+    unit_weight: bool
+
+
+class FlatEntries(NamedTuple):
+    """A list before it is cut: one row per entry, in the order in which a kernel walks them."""
+
+    tile: NDArray[np.int64]
+    other: NDArray[np.int64]
+    softmax_set: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    flags: NDArray[np.int64]
+
+
+def lower_plan(plan: BlockSparsePlan) -> LoweredPlan:
+    """Lower ``plan``; cost follows its entries and masks.
+
+    Raises:
+        PlanError: One tile alone has more entries than scalar memory holds.
+    """
+    rows, cols, masks = flat_lists(plan)
+    num_sets = int(rows.softmax_set.max(initial=-1)) + 1
+    tile_set = np.full(plan.num_q_tiles, num_sets - 1, np.int32)
+    has_set = np.diff(plan.set_ptr) > 0
+    tile_set[has_set] = plan.set_ptr[:-1][has_set]
+    one_set_each = num_sets == plan.num_q_tiles and np.array_equal(tile_set, np.arange(num_sets))
+    row_weight = np.zeros((num_sets, 1, plan.block_q), np.float32)
+    row_weight[: plan.num_sets, 0] = plan.row_weight
+    return LoweredPlan(
+        num_sets=num_sets,
+        tile_set=tile_set,
+        max_sets=max(plan.max_sets, 1),
+        rows=cut(rows, "q", drop_set=one_set_each, drop_mask=not masks.shape[0]),
+        cols=cut(cols, "kv", drop_set=one_set_each, drop_mask=not masks.shape[0]),
+        row_shape=list_shape(rows, "q"),
+        col_shape=list_shape(cols, "kv"),
+        row_masks=pack_along_sublanes(masks, plan.block_kv, transpose=False),
+        col_masks=pack_along_sublanes(masks, plan.block_kv, transpose=True),
+        row_weight=row_weight,
+        unit_weight=_unit_weight(plan),
+    )
+
+
+def flat_lists(plan: BlockSparsePlan) -> tuple[FlatEntries, FlatEntries, NDArray[np.uint8]]:
+    """The row list, the column list, and the masks they index, bit-packed as in the plan."""
+    entry_mask, masks = _with_padding_masks(plan)
+    tile = plan.set_tile.astype(np.int64)[plan.entry_set]
+    softmax_set = plan.entry_set.astype(np.int64)
+    kind = np.where(entry_mask < 0, FULL, MASKED)
+
+    # Dummies: a set without entries keeps its number; all q tiles without sets share one extra set.
+    empty_sets = np.flatnonzero(np.diff(plan.entry_ptr) == 0)
+    empty_tiles = np.flatnonzero(np.diff(plan.set_ptr) == 0)
+    extra = np.concatenate([empty_sets, np.full(empty_tiles.size, plan.num_sets)])
+    extra_tile = np.concatenate([plan.set_tile[empty_sets], empty_tiles])
+    zeros = np.zeros(extra.size, np.int64)
+    rows = FlatEntries(
+        np.concatenate([tile, extra_tile]),
+        np.concatenate([plan.entry_kv, zeros]),
+        np.concatenate([softmax_set, extra]),
+        np.concatenate([np.maximum(entry_mask, 0), zeros]),
+        np.concatenate([kind, zeros]),
+    )
+    rows = _take(rows, np.lexsort((rows.softmax_set, rows.tile)))  # stable: kv tiles stay in order
+    if rows.tile.size:
+        rows = rows._replace(
+            flags=rows.flags
+            | _boundaries(rows.softmax_set, FIRST_OF_SET, LAST_OF_SET, also=rows.tile)
+            | _boundaries(rows.tile, FIRST_OF_TILE, LAST_OF_TILE)
+        )
+
+    unread = np.flatnonzero(np.bincount(plan.entry_kv, minlength=plan.num_kv_tiles) == 0)
+    zeros = np.zeros(unread.size, np.int64)
+    cols = FlatEntries(
+        np.concatenate([plan.entry_kv, unread]),
+        np.concatenate([tile, zeros]),
+        np.concatenate([softmax_set, zeros]),
+        np.concatenate([np.maximum(entry_mask, 0), zeros]),
+        np.concatenate([kind, zeros]),
+    )
+    cols = _take(cols, np.argsort(cols.tile, kind="stable"))
+    if cols.tile.size:
+        cols = cols._replace(flags=cols.flags | _boundaries(cols.tile, FIRST_OF_TILE, LAST_OF_TILE))
+    return rows, cols, masks
+
+
+def cut(entries: FlatEntries, side: str, *, drop_set: bool, drop_mask: bool) -> EntryList:
+    """The list in chunks of equal length; the padding at a chunk's end repeats its last entry without flags."""
+    starts, length = chunk_bounds(entries, side)
+    stops = np.append(starts[1:], entries.tile.size)
+    index = np.minimum(starts[:, None] + np.arange(length), stops[:, None] - 1)
+    padding = starts[:, None] + np.arange(length) >= stops[:, None]
+
+    def shrink(values: NDArray[np.int64]) -> NDArray[np.integer]:
+        return values[index].astype(index_type(int(values.max(initial=0))))
+
+    return EntryList(
+        shrink(entries.tile),
+        shrink(entries.other),
+        None if drop_set else shrink(entries.softmax_set),
+        None if drop_mask else shrink(entries.mask),
+        np.where(padding, 0, entries.flags[index]).astype(np.int8),
+    )
+
+
+def list_shape(entries: FlatEntries, side: str) -> ListShape:
+    starts, length = chunk_bounds(entries, side)
+    full, masked = (entries.flags & FULL) > 0, (entries.flags & MASKED) > 0
+    return ListShape(
+        chunks=starts.size,
+        length=length,
+        has_full=bool(full.any()),
+        has_masked=bool(masked.any()),
+        computed=int(full.sum() + masked.sum()),
+    )
+
+
+def chunk_bounds(entries: FlatEntries, side: str) -> tuple[NDArray[np.int64], int]:
+    """First entry of each chunk, and the length of the longest.
+
+    Raises:
+        PlanError: The entries of one tile do not fit; the message has the numbers.
+    """
+    size = entries.tile.size
+    if size == 0:
+        return np.zeros(0, np.int64), 0
+    capacity = LIST_BYTES // entry_bytes(entries)
+    if size <= capacity:
+        return np.zeros(1, np.int64), size
+    tile_starts = np.flatnonzero(entries.flags & FIRST_OF_TILE)
+    per_tile = np.diff(np.append(tile_starts, size))
+    if per_tile.max() > capacity:
+        raise PlanError(
+            f"the entries of one {side} tile must fit into {LIST_BYTES} bytes of TPU scalar memory: at most "
+            f"{capacity} entries, got {per_tile.max()}; larger tiles have fewer entries"
+        )
+    # As few chunks as possible, each as close to the average as whole tiles allow.
+    chunks = -(-size // capacity)
+    while True:
+        starts = _balanced_starts(tile_starts, size, chunks)
+        length = int(np.diff(np.append(starts, size)).max())
+        if length <= capacity:
+            return starts, length
+        chunks += 1
+
+
+def _balanced_starts(tile_starts: NDArray[np.int64], size: int, chunks: int) -> NDArray[np.int64]:
+    wanted = np.arange(chunks) * size // chunks
+    return np.unique(tile_starts[np.searchsorted(tile_starts, wanted, side="right") - 1])
+
+
+def entry_bytes(entries: FlatEntries) -> int:
+    """Bytes of scalar memory per entry: its four indices, and its flags as a byte."""
+    return 1 + sum(np.dtype(index_type(int(values.max(initial=0)))).itemsize for values in entries[:4])
+
+
+def index_type(largest: int) -> type[np.signedinteger]:
+    """The smallest integer type of scalar memory that holds ``0..largest``."""
+    return next(kind for kind in (np.int8, np.int16, np.int32) if largest <= np.iinfo(kind).max)
+
+
+def _take(entries: FlatEntries, order: NDArray[np.intp]) -> FlatEntries:
+    return FlatEntries(*(values[order] for values in entries))
+
+
+def _boundaries(
+    keys: NDArray[np.int64], first: int, last: int, also: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """``first`` where a run of equal keys (and equal ``also``) begins, plus ``last`` where it ends."""
+    change = keys[1:] != keys[:-1]
+    if also is not None:
+        change |= also[1:] != also[:-1]
+    return np.append(True, change) * first + np.append(change, True) * last
+
+
+def _with_padding_masks(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Masks of the entries, where full tiles with padding keys get a mask that excludes them."""
+    count = plan.kv_count[plan.entry_kv]
+    entry_mask = plan.entry_mask.astype(np.int64)
+    padded = (entry_mask < 0) & (count < plan.block_kv)
+    counts, inverse = np.unique(count[padded], return_inverse=True)
+    entry_mask[padded] = plan.num_masks + inverse
+    columns = np.arange(plan.block_kv) < counts[:, None]
+    shape = (counts.size, plan.block_q, plan.block_kv)
+    return entry_mask, np.concatenate([plan.masks, pack_masks(np.broadcast_to(columns[:, None], shape))])
+
+
+def mask_words(rows: int) -> int:
+    """Rows of 32-bit words that hold ``rows`` rows of a mask."""
+    return SUBLANES * -(-rows // (32 * SUBLANES))
+
+
+def pack_along_sublanes(masks: NDArray[np.uint8], block_kv: int, *, transpose: bool) -> NDArray[np.int32]:
+    """``(num_masks, block_q, block_kv / 8)`` bits to ``(num_masks, words, block_kv)`` int32.
+
+    Bit ``g % 32`` of word row ``8 (g // 32) + r`` is row ``8 g + r`` of the mask; with ``transpose`` the rows are
+    the keys, and the result is ``(num_masks, words, block_q)``.
+    """
+    num_masks, block_q, _ = masks.shape
+    rows, lanes = (block_kv, block_q) if transpose else (block_q, block_kv)
+    groups = rows // SUBLANES
+    packed = np.zeros((num_masks, mask_words(rows) // SUBLANES, SUBLANES, lanes), np.uint32)
+    step = max(1, _MASK_CHUNK // (block_q * block_kv))
+    for start in range(0, num_masks, step):
+        dense = unpack_masks(masks[start : start + step])
+        if transpose:
+            dense = np.swapaxes(dense, 1, 2)
+        by_group = dense.reshape(dense.shape[0], groups, SUBLANES, lanes)
+        for g in range(groups):
+            packed[start : start + step, g // 32] |= by_group[:, g].astype(np.uint32) << np.uint32(g % 32)
+    return packed.reshape(num_masks, -1, lanes).view(np.int32)
+
+
+def _unit_weight(plan: BlockSparsePlan) -> bool:
+    """Whether the weight is 1 for every row that has a key in its set."""
+    real = np.arange(plan.block_q) < plan.q_count[plan.set_tile][:, None]
+    other = real & (plan.row_weight != 1)
+    sets = np.flatnonzero(other.any(axis=1))
+    if not sets.size:
+        return True
+    if (plan.row_weight[sets][other[sets]] != 0).any():
+        return False
+    # Weight 0 is harmless exactly where the row has no key: look at the entries of those sets.
+    in_sets = np.isin(plan.entry_set, sets)
+    if (plan.entry_mask[in_sets] < 0).any():
+        return False
+    has_key = plan.masks.any(axis=2)  # (num_masks, block_q)
+    return not (has_key[plan.entry_mask[in_sets]] & other[plan.entry_set[in_sets]]).any()

@@ -1,0 +1,484 @@
+"""The portable backend on torch: equally shaped problems batched into the framework's own attention.
+
+On the CPU the calls go to torch's flash attention operator, forward and backward, inside one autograd function
+that writes all gradients into three buffers. Other devices run ``F.scaled_dot_product_attention`` under torch's
+own autograd. What that does not offer (log-sum-exp with gradient, sigmoid, dropout by the portable hash) runs
+in :mod:`torch_math`, on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from canvas_engineering.kernels.portable import torch_math
+from canvas_engineering.kernels.portable.access import Access, Lowering, lower
+from canvas_engineering.kernels.portable.torch_math import Dropout, Scoring
+from canvas_engineering.plan import BlockSparsePlan
+
+#: Bytes of gathered operands and masks that exist at once.
+GATHER_BYTES = 64 << 20
+
+
+# -- the plan on a device -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Places:
+    """An :class:`Access` on a device."""
+
+    index: Tensor  # (G, L) int64
+    run: tuple[int, int] | None
+    assign: bool
+
+    def part(self, problems: slice, rows: slice) -> _Places:
+        index = self.index[problems, rows]
+        if index.shape == self.index.shape:
+            return self
+        run = None
+        if self.run is not None and index.shape[1] == self.index.shape[1]:
+            run = (self.run[0] + problems.start * self.run[1], self.run[1])
+        return _Places(index, run, self.assign)
+
+    def picked(self, problems: Tensor) -> _Places:
+        return _Places(self.index[problems], None, self.assign)
+
+    def take(self, x: Tensor, fold: int = 1) -> Tensor:
+        """``(B, H, N, fold * D)`` to ``(B * H, G, L * fold, D)``, without a copy where the layout allows."""
+        count, length = self.index.shape
+        if self.run is not None:
+            b, h, n, d = x.stride()
+            size = (*x.shape[:2], count, length, x.shape[3])
+            picked = x.as_strided(size, (b, h, self.run[1] * n, n, d), x.storage_offset() + self.run[0] * n)
+        else:
+            picked = x.index_select(2, self.index.flatten())
+        return picked.reshape(x.shape[0] * x.shape[1], count, length * fold, x.shape[3] // fold)
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Write or add ``(B * H, G, L * fold, D)`` at these places of ``x (B, H, N, fold * D)``."""
+        count, length = self.index.shape
+        if self.run is not None:
+            b, h, n, d = x.stride()
+            size = (*x.shape[:2], count, length, x.shape[3])
+            target = x.as_strided(size, (b, h, self.run[1] * n, n, d), x.storage_offset() + self.run[0] * n)
+            values = values.reshape(size)
+            target.copy_(values) if self.assign else target.add_(values)
+            return
+        values = values.reshape(*x.shape[:2], count * length, x.shape[3]).to(x.dtype)
+        if self.assign:
+            x.index_copy_(2, self.index.flatten(), values)
+        else:
+            x.index_add_(2, self.index.flatten(), values)
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """One batch on a device."""
+
+    rows: _Places
+    keys: _Places
+    slots: Tensor  # (G, R) int64
+    weight: Tensor | None  # (G, R) the plan's weights, None where all are 1
+    mask_index: Tensor | None  # (G,) int64
+    masks: Tensor | None  # (U, R, K) bool
+    row_token: Tensor  # (G, R) int32, for dropout
+    key_token: Tensor  # (G, K) int32
+
+    def part(self, problems: slice, rows: slice) -> _Problems:
+        """A slice of the problems, and of the rows of each."""
+        return _Problems(
+            self.rows.part(problems, rows),
+            self.keys.part(problems, slice(None)),
+            self.slots[problems, rows],
+            None if self.weight is None else self.weight[problems, rows],
+            None if self.mask_index is None else self.mask_index[problems],
+            None if self.masks is None else self.masks[:, rows],
+            self.row_token[problems, rows],
+            self.key_token[problems],
+        )
+
+    def picked(self, problems: Tensor) -> _Problems:
+        """The problems of the given numbers."""
+        return _Problems(
+            self.rows.picked(problems),
+            self.keys.picked(problems),
+            self.slots[problems],
+            None if self.weight is None else self.weight[problems],
+            None if self.mask_index is None else self.mask_index[problems],
+            self.masks,
+            self.row_token[problems],
+            self.key_token[problems],
+        )
+
+    def allowed(self, group: int) -> Tensor | None:
+        """``(G, R * group, K)`` bool: the mask of every problem, each row once per query head of its kv head."""
+        if self.masks is None or self.mask_index is None:
+            return None
+        mask = self.masks if self.masks.shape[0] == 1 else self.masks[self.mask_index]
+        if self.masks.shape[0] == 1:
+            mask = mask.expand(self.mask_index.shape[0], -1, -1)
+        return mask.repeat_interleave(group, dim=1) if group > 1 else mask
+
+
+@dataclass(frozen=True)
+class _DevicePlan:
+    problems: tuple[_Problems, ...]
+    q_order: Tensor | None
+    kv_order: Tensor | None
+    q_place: Tensor | None  # inverse of q_order
+    kv_place: Tensor | None
+    assigns_all_rows: bool
+
+
+def _to_device(lowering: Lowering, device: torch.device) -> _DevicePlan:
+    def tensor(array: Any, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(array).to(device=device, dtype=dtype)
+
+    def places(access: Access) -> _Places:
+        return _Places(tensor(access.index, torch.int64), access.run, access.assign)
+
+    def order(array: Any) -> tuple[Tensor | None, Tensor | None]:
+        if array is None:
+            return None, None
+        forward = tensor(array, torch.int64)
+        return forward, torch.argsort(forward)
+
+    problems = tuple(
+        _Problems(
+            places(one.rows),
+            places(one.keys),
+            tensor(one.batch.slots, torch.int64),
+            None if one.weight is None else tensor(one.weight, torch.float32),
+            None if one.batch.mask_index is None else tensor(one.batch.mask_index, torch.int64),
+            None if one.batch.masks is None else tensor(one.batch.masks, torch.bool),
+            tensor(one.batch.rows, torch.int32),
+            tensor(one.batch.keys, torch.int32),
+        )
+        for one in lowering.problems
+    )
+    q_order, q_place = order(lowering.q_order)
+    kv_order, kv_place = order(lowering.kv_order)
+    return _DevicePlan(problems, q_order, kv_order, q_place, kv_place, lowering.assigns_all_rows)
+
+
+# -- the call -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call that are not tensors."""
+
+    plan: _DevicePlan
+    group: int  # query heads per kv head
+    heads_kv: int
+    scale: float
+    sigmoid: bool
+    dropout_p: float
+    seed: int
+    return_lse: bool
+
+    def plain(self, dtype: torch.dtype) -> bool:
+        """Whether the framework's own attention computes this.
+
+        In half precision torch's log-sum-exp is the sum of rounded exponentials, which is not enough to return.
+        """
+        half = dtype in (torch.float16, torch.bfloat16)
+        return not self.sigmoid and self.dropout_p == 0 and not (self.return_lse and half)
+
+    def scoring(self, problems: _Problems, batch: int) -> Scoring:
+        dropout = None
+        if self.dropout_p > 0:
+            device = problems.row_token.device
+            head = torch.arange(batch * self.heads_kv * self.group, dtype=torch.int32, device=device)
+            # (C, group) query heads of each kv head; a problem's rows are (row, query head) pairs.
+            head = head.reshape(batch * self.heads_kv, 1, self.group, 1)
+            dropout = Dropout(
+                self.dropout_p,
+                self.seed,
+                head.repeat(1, 1, problems.row_token.shape[1], 1) if self.group > 1 else head,
+                problems.row_token.repeat_interleave(self.group, dim=1),
+                problems.key_token,
+            )
+        return Scoring(self.scale, self.sigmoid, problems.allowed(self.group), dropout)
+
+
+def attention(
+    q: Tensor,  # (B, Hq, Nq, D)
+    k: Tensor,  # (B, Hkv, Nkv, D)
+    v: Tensor,  # (B, Hkv, Nkv, D)
+    plan: BlockSparsePlan,
+    *,
+    scale: float,
+    row_weight: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    seed: int | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Output in q's dtype, or output and log-sum-exp; differentiable once."""
+    device = q.device
+    lowered = plan.lowered(("portable", "torch", str(device)), lambda p: _to_device(lower(p), device))
+    heads_kv = k.shape[1]
+    call = _Call(
+        plan=lowered,
+        group=q.shape[1] // heads_kv,
+        heads_kv=heads_kv,
+        scale=scale,
+        sigmoid=activation == "sigmoid",
+        dropout_p=dropout_p,
+        seed=0 if seed is None else int(seed),
+        return_lse=return_lse,
+    )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    folded = _fold(q, call.group)
+    with _no_autocast(device):
+        if device.type == "cpu" or return_lse or not call.plain(q.dtype):
+            out, lse = _Attention.apply(folded, k, v, row_weight, call)
+        else:
+            out, lse = _composed(folded, k, v, row_weight, call), None
+    out = _unfold(out, call.group)
+    if not return_lse:
+        return out
+    return out, _unfold(lse, call.group)[..., 0]
+
+
+def _fold(x: Tensor, group: int) -> Tensor:
+    """``(B, Hkv * group, N, D)`` to ``(B, Hkv, N, group * D)``: query heads of one kv head are rows beside each other.
+
+    Rows that attend to the same keys without a mask are just more rows, so grouped heads need no copies of k and v.
+    """
+    if group == 1:
+        return x
+    return x.unflatten(1, (-1, group)).transpose(2, 3).flatten(3)
+
+
+def _unfold(x: Tensor, group: int) -> Tensor:
+    """The inverse of :func:`_fold`."""
+    return x if group == 1 else x.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Operands are used in the dtype they come in: autocast has had its say in the projections."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _pieces(problems: _Problems, call: _Call, q: Tensor, k: Tensor) -> Iterator[_Problems]:
+    """Parts of a batch whose gathered operands and mask fit ``GATHER_BYTES``."""
+    count, rows = problems.rows.index.shape
+    keys = problems.keys.index.shape[1]
+    heads, item = k.shape[0] * k.shape[1], q.element_size()
+    operands = 0
+    if problems.rows.run is None:
+        operands += 2 * heads * rows * q.shape[3] * item
+    if problems.keys.run is None:
+        operands += 2 * heads * keys * k.shape[3] * item
+    per_row = 0 if problems.masks is None else call.group * keys * max(item, 4)
+    together = max(1, GATHER_BYTES // max(operands + rows * per_row, 1))
+    height = rows if rows * per_row <= GATHER_BYTES else max(1, GATHER_BYTES // per_row)
+    if together >= count and height >= rows:
+        yield problems
+        return
+    for g in range(0, count, together):
+        for r in range(0, rows, height):
+            part = problems.part(slice(g, min(g + together, count)), slice(r, min(r + height, rows)))
+            # Parts of the same rows (or keys) are disjoint, but keys are met again by every part of the rows.
+            yield part if height >= rows else _adding_keys(part)
+
+
+def _adding_keys(problems: _Problems) -> _Problems:
+    keys = _Places(problems.keys.index, problems.keys.run, assign=False)
+    return _Problems(
+        problems.rows,
+        keys,
+        problems.slots,
+        problems.weight,
+        problems.mask_index,
+        problems.masks,
+        problems.row_token,
+        problems.key_token,
+    )
+
+
+def _weight(problems: _Problems, row_weight: Tensor | None, group: int) -> Tensor | None:
+    """``(G, R * group, 1)`` weights of a batch, or None where all are 1."""
+    weight = problems.weight if row_weight is None else row_weight.flatten()[problems.slots]
+    if weight is None:
+        return None
+    return (weight.repeat_interleave(group, dim=1) if group > 1 else weight)[..., None]
+
+
+def _alive(problems: _Problems, row_weight: Tensor | None) -> _Problems | None:
+    """The problems that have a weight other than 0; None if there are none."""
+    if row_weight is None:
+        return problems
+    alive = (row_weight.flatten()[problems.slots] != 0).any(dim=1)
+    if bool(alive.all()):
+        return problems
+    return problems.picked(alive.nonzero().flatten()) if bool(alive.any()) else None
+
+
+def _mask_bias(problems: _Problems, q: Tensor, group: int) -> Tensor | None:
+    """``(1, G, R * group, K)`` in q's dtype: 0 where allowed, ``-inf`` elsewhere."""
+    allowed = problems.allowed(group)
+    if allowed is None:
+        return None
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+    return bias.masked_fill_(~allowed, -torch.inf)[None]
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Attention(torch.autograd.Function):
+    """All batches of a call; operands as in :func:`_fold`, the log-sum-exp ``(B, Hkv, Nq, group)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor | None]:
+        plan, group = call.plan, call.group
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.pieces = []
+        use_flash = call.plain(q.dtype) and q.device.type == "cpu"
+        training = any(ctx.needs_input_grad)
+        # Sums over several softmax sets are kept in float32 until the end.
+        sums = any(not one.rows.assign for one in plan.problems) and q.dtype in (torch.float16, torch.bfloat16)
+        out = torch.empty_like(q, dtype=torch.float32 if sums else None)
+        if not plan.assigns_all_rows or row_weight is not None:
+            out.zero_()
+        lse = None
+        if call.return_lse:
+            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            lse = torch.full((*q.shape[:3], group), -torch.inf, dtype=wide, device=q.device)
+        saved = []
+        q_run, k_run, v_run = _ordered(q, k, v, plan)
+        for batch in plan.problems if q.numel() else ():
+            skippable = row_weight is not None and not ctx.needs_input_grad[3] and lse is None
+            alive = _alive(batch, row_weight) if skippable else batch
+            if alive is None:
+                continue
+            for one in _pieces(alive, call, q, k):
+                q_one, k_one, v_one = one.rows.take(q_run, group), one.keys.take(k_run), one.keys.take(v_run)
+                if use_flash:
+                    bias = _mask_bias(one, q, group)
+                    out_one, lse_one = _flash(q_one, k_one, v_one, 0.0, False, attn_mask=bias, scale=call.scale)
+                else:
+                    out_one, lse_one = torch_math.forward(q_one, k_one, v_one, call.scoring(one, q.shape[0]))
+                weight = _weight(one, row_weight, group)
+                one.rows.put(out, out_one if weight is None else out_one * weight)
+                if lse is not None:
+                    one.rows.put(lse, lse_one)
+                if training:
+                    ctx.pieces.append(one)
+                    saved += [out_one, lse_one]
+        if plan.q_place is not None:
+            out = out.index_select(2, plan.q_place)
+            lse = None if lse is None else lse.index_select(2, plan.q_place)
+        ctx.save_for_backward(q, k, v, row_weight, *saved)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        plan, group = call.plan, call.group
+        q, k, v, row_weight, *saved = ctx.saved_tensors
+        with _no_autocast(q.device):
+            grad = torch.zeros_like(q) if grad is None else grad.to(q.dtype)
+            grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+            use_flash = call.plain(q.dtype) and q.device.type == "cpu" and grad_lse is None
+            q_run, k_run, v_run = _ordered(q, k, v, plan)
+            if plan.q_order is not None:
+                grad = grad.index_select(2, plan.q_order)
+                grad_lse = None if grad_lse is None else grad_lse.index_select(2, plan.q_order)
+            dq, dk, dv = (_accumulator(x) for x in (q, k, v))
+            dweight = None
+            if row_weight is not None and ctx.needs_input_grad[3]:
+                wide = torch.float64 if row_weight.dtype == torch.float64 else torch.float32
+                dweight = torch.zeros(row_weight.numel(), dtype=wide, device=q.device)
+            for number, one in enumerate(ctx.pieces):
+                out_one, lse_one = saved[2 * number : 2 * number + 2]
+                q_one, k_one, v_one = one.rows.take(q_run, group), one.keys.take(k_run), one.keys.take(v_run)
+                grad_one = one.rows.take(grad, group)
+                if dweight is not None:
+                    products = (grad_one.to(dweight.dtype) * out_one.to(dweight.dtype)).sum((0, 3))
+                    dweight[one.slots.flatten()] = products.unflatten(1, (-1, group)).sum(2).flatten()
+                weight = _weight(one, row_weight, group)
+                if weight is not None:
+                    grad_one = (grad_one * weight).to(q.dtype)
+                if use_flash:
+                    grads = _flash_backward(
+                        grad_one,
+                        q_one,
+                        k_one,
+                        v_one,
+                        out_one,
+                        lse_one,
+                        0.0,
+                        False,
+                        attn_mask=_mask_bias(one, q, group),
+                        scale=call.scale,
+                    )
+                else:
+                    dlse = None
+                    if grad_lse is not None:
+                        dlse = one.rows.take(grad_lse, group)[..., 0]
+                    grads = torch_math.backward(
+                        grad_one, dlse, q_one, k_one, v_one, out_one, lse_one, call.scoring(one, q.shape[0])
+                    )
+                one.rows.put(dq, grads[0])
+                one.keys.put(dk, grads[1])
+                one.keys.put(dv, grads[2])
+            if plan.q_place is not None and plan.kv_place is not None:
+                dq = dq.index_select(2, plan.q_place)
+                dk, dv = dk.index_select(2, plan.kv_place), dv.index_select(2, plan.kv_place)
+            if dweight is not None:
+                dweight = dweight.to(row_weight.dtype).reshape(row_weight.shape)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dweight, None
+
+
+def _ordered(q: Tensor, k: Tensor, v: Tensor, plan: _DevicePlan) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands in the order in which the problems find them."""
+    if plan.q_order is None or plan.kv_order is None:
+        return q, k, v
+    return q.index_select(2, plan.q_order), k.index_select(2, plan.kv_order), v.index_select(2, plan.kv_order)
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    """Zeros to sum the gradient of ``x`` in: float32 for half precision, because many problems may add to it."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros_like(x, dtype=torch.float32 if half else None)
+
+
+def _composed(q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: _Call) -> Tensor:
+    """The same from differentiable operations, for devices whose attention operator is their own."""
+    plan, group = call.plan, call.group
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    for batch in plan.problems if q.numel() else ():
+        for one in _pieces(batch, call, q, k):
+            rows = one.rows.index if plan.q_order is None else plan.q_order[one.rows.index]
+            keys = one.keys.index if plan.kv_order is None else plan.kv_order[one.keys.index]
+            rows_at, keys_at = _Places(rows, None, False), _Places(keys, None, False)
+            allowed = one.allowed(group)
+            out_one = F.scaled_dot_product_attention(
+                rows_at.take(q, group),
+                keys_at.take(k),
+                keys_at.take(v),
+                attn_mask=None if allowed is None else allowed[None],
+                scale=call.scale,
+            )
+            weight = _weight(one, row_weight, group)
+            values = (out_one if weight is None else out_one * weight).to(wide)
+            out = out.index_add(2, rows.flatten(), values.reshape(*q.shape[:2], -1, q.shape[3]))
+    return out.to(q.dtype)

@@ -1,0 +1,481 @@
+"""The backward kernels, free of atomics: dQ by query rows, dK and dV by key columns.
+
+With ``p`` the probabilities of set ``s``, ``w`` its row weights and ``delta_s = sum_j p_j (do . v_j)``,
+``ds = p * (w * (do . v) - w * delta_s)``. ``delta_s`` equals ``do . o_s``, ``o_s`` being the set's own output,
+so there are two ways to get it when a row stands in several sets:
+
+* *recompute*: one more pass over the set's tiles, two products of ``2 D`` FLOPs per pair, before dQ;
+* *store*: the forward pass writes ``o_s`` (``D`` elements per row and set) and ``delta_kernel`` reads it.
+
+Per row and set of ``n`` keys, 16 bit: recomputing costs ``4 D n`` FLOPs, storing ``4 D`` bytes of traffic. A GPU
+that does 100 FLOPs in the time of one byte (H200: about 500 TFLOP/s reached, 4.8 TB/s) breaks even at 100 keys.
+Regions and frames have hundreds to thousands, where recomputing adds two products to the seven of the backward
+pass (29 %) and storing less than 4 %. So ``o_s`` is stored, in the dtype of the inputs, and only when it is
+needed: with one set per row the output itself gives ``w * delta = do . out`` (the usual trick), and without
+gradients nothing is stored. The log-sum-exp is stored too: 4 bytes per row and set against a pass over the keys.
+"""
+
+import triton
+import triton.language as tl
+
+from canvas_engineering.kernels.triton.layout import (
+    COLUMNS_COUNT,
+    COLUMNS_FULL_BEGIN,
+    COLUMNS_FULL_END,
+    COLUMNS_FULL_POSITION,
+    COLUMNS_FULL_SET,
+    COLUMNS_PARTIAL_BEGIN,
+    COLUMNS_PARTIAL_COUNT,
+    COLUMNS_PARTIAL_END,
+    COLUMNS_PARTIAL_MASK,
+    COLUMNS_PARTIAL_POSITION,
+    COLUMNS_PARTIAL_SET,
+    COLUMNS_POSITION,
+    COLUMNS_WORK,
+    ROWS_COUNT,
+    ROWS_FULL_POSITION,
+    ROWS_FULL_PTR,
+    ROWS_PARTIAL_COUNT,
+    ROWS_PARTIAL_MASK,
+    ROWS_PARTIAL_POSITION,
+    ROWS_PARTIAL_PTR,
+    ROWS_POSITION,
+    ROWS_SET_PTR,
+    ROWS_SET_TILE,
+    ROWS_WORK,
+)
+from canvas_engineering.kernels.triton.tiles import (
+    block_tokens,
+    dropout_keep,
+    dropout_rows,
+    load_rows,
+    row_pointers,
+    sigmoid2,
+    store_rows,
+    tile_mask,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def log2_shift(b_lse):
+    """Log-sum-exp as the shift of ``exp2``; rows without keys (-inf) get +inf, so that all probabilities are 0."""
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def delta_kernel(
+    p_out,
+    p_grad_out,
+    p_grad_lse,
+    p_weight,
+    p_delta,
+    p_grad_weight,
+    p_rows,
+    p_tokens,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    blocks_per_head,
+    heads,
+    num_q,
+    num_sets,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    MANY_SETS: tl.constexpr,
+    PER_SET: tl.constexpr,
+    GRAD_LSE: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr,
+):
+    """``w * delta`` of every set row, and ``delta`` itself, which is the gradient of the row weight.
+
+    ``p_out`` holds the outputs of the single sets ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)`` when ``PER_SET``, else
+    the attention's output with the given strides. ``p_grad_weight`` gets ``(B*H, num_sets, BLOCK_Q)`` partial
+    sums, to be added over batch and heads in a fixed order.
+    """
+    M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    batch_head = (program // blocks_per_head).to(tl.int64)
+    s = (program % blocks_per_head) // M_BLOCKS
+    batch = batch_head // heads
+    head = batch_head % heads
+    o_d = tl.arange(0, D)
+    o_m = (program % blocks_per_head) % M_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    tile = tl.load(p_rows + tl.load(p_rows + ROWS_SET_TILE) + s)
+    position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
+    m_m = o_m < tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
+    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
+    o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
+
+    p_grad_out += batch * stride_gb + head * stride_gh
+    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    if PER_SET:
+        p_out_rows = p_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :]
+    else:
+        p_out_rows = p_out + batch * stride_ob + head * stride_oh + (rows64 * stride_on)[:, None] + o_d[None, :]
+    b_o = load_rows(p_out_rows, m_m, o_d, True, HEAD_DIM, D)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
+
+    if GRAD_WEIGHT:
+        tl.store(p_grad_weight + o_set, b_delta, mask=o_m < BLOCK_Q)
+    if PER_SET:
+        b_delta = b_delta * tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+    if GRAD_LSE:
+        # d lse / d score = p, which enters ds with the opposite sign of delta.
+        b_delta = b_delta - tl.load(p_grad_lse + batch_head * num_q + rows64, mask=m_m, other=0.0)
+    if MANY_SETS:
+        tl.store(p_delta + o_set, b_delta, mask=o_m < BLOCK_Q)
+    else:
+        tl.store(p_delta + batch_head * num_q + rows64, b_delta, mask=m_m)
+
+
+@triton.jit
+def backward_q_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_grad_out,
+    p_lse,
+    p_delta,
+    p_grad_q,
+    p_weight,
+    p_seed,
+    p_rows,
+    p_tokens,
+    p_masks,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
+    blocks_per_head,
+    heads,
+    group,
+    num_q,
+    num_sets,
+    scale,
+    scale_log2,
+    dropout_threshold,
+    dropout_scale,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    MANY_SETS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    GRAD_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dq = scale * sum_s ds_s k`` for one block of rows of one head."""
+    M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
+    KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV
+    program = tl.program_id(0)
+    batch_head = (program // blocks_per_head).to(tl.int64)
+    work = program % blocks_per_head
+    batch = batch_head // heads
+    head = batch_head % heads
+
+    tile = tl.load(p_rows + tl.load(p_rows + ROWS_WORK) + work // M_BLOCKS)
+    position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
+    count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
+    set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
+
+    o_d = tl.arange(0, D)
+    o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < count
+    q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
+    rows64 = q_tokens.to(tl.int64)
+
+    p_q += batch * stride_qb + head * stride_qh
+    p_k += batch * stride_kb + (head // group) * stride_kh
+    p_v += batch * stride_vb + (head // group) * stride_vh
+    p_grad_out += batch * stride_gb + head * stride_gh
+    p_grad_q += batch * stride_dqb + head * stride_dqh
+    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    if DROPOUT:
+        dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
+
+    b_dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for s in range(tl.load(set_ptr + tile), tl.load(set_ptr + tile + 1)):
+        if MANY_SETS:
+            o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
+        else:
+            o_lse = batch_head * num_q + rows64
+        b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+        alive = True
+        if not GRAD_LSE:
+            alive = tl.sum((b_w != 0.0).to(tl.int32), 0) > 0
+        if alive:
+            if not SIGMOID:
+                b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
+                b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+            for MASKED in tl.static_range(2):
+                if MASKED:
+                    entry_ptr = p_rows + tl.load(p_rows + ROWS_PARTIAL_PTR) + s
+                    entry_position = p_rows + tl.load(p_rows + ROWS_PARTIAL_POSITION)
+                    entry_count = p_rows + tl.load(p_rows + ROWS_PARTIAL_COUNT)
+                    entry_mask = p_rows + tl.load(p_rows + ROWS_PARTIAL_MASK)
+                else:
+                    entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
+                    entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
+                for step in range(tl.load(entry_ptr) * N_BLOCKS, tl.load(entry_ptr + 1) * N_BLOCKS):
+                    entry = step // N_BLOCKS
+                    n_start = (step % N_BLOCKS) * BLOCK_N
+                    o_n = n_start + tl.arange(0, BLOCK_N)
+                    kv_position = tl.load(entry_position + entry)
+                    m_n = o_n < BLOCK_KV
+                    if MASKED:
+                        m_n = o_n < tl.load(entry_count + entry)
+                    p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                    p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
+                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                    b_s = b_s * scale_log2
+                    if MASKED or KEYS_PADDED:
+                        allowed = m_n[None, :]
+                        if MASKED:
+                            mask_id = tl.load(entry_mask + entry)
+                            allowed = allowed & tile_mask(
+                                p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
+                            )
+                        # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
+                        b_s = tl.where(allowed, b_s, float("-inf"))
+                    if SIGMOID:
+                        b_p = sigmoid2(b_s)
+                    else:
+                        b_p = tl.math.exp2(b_s - b_shift[:, None])
+                    if DROPOUT:
+                        k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
+                        keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
+                        b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
+                    if SIGMOID:
+                        b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[:, None])
+                    else:
+                        b_ds = b_p * (b_dp * b_w[:, None] - b_delta[:, None])
+                    b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    b_dq = b_dq * scale
+    store_rows(p_grad_q + (rows64 * stride_dqn)[:, None] + o_d[None, :], b_dq, m_m, o_d, HEAD_DIM, D)
+
+
+@triton.jit
+def backward_kv_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_grad_out,
+    p_lse,
+    p_delta,
+    p_grad_k,
+    p_grad_v,
+    p_weight,
+    p_seed,
+    p_columns,
+    p_tokens,
+    p_masks,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    blocks_per_head,
+    kv_heads,
+    group,
+    num_q,
+    num_sets,
+    scale,
+    scale_log2,
+    dropout_threshold,
+    dropout_scale,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    MANY_SETS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dv = sum_s (w p)^T do`` and ``dk = scale * sum_s ds^T q`` for one block of keys of one kv head.
+
+    The query heads of the group are added in the program, in order, so grouped heads need no atomics either.
+    Scores are computed transposed, ``[keys, rows]``, so that ``p`` and ``ds`` are left operands from registers.
+    """
+    M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
+    ROWS_PADDED: tl.constexpr = M_BLOCKS * BLOCK_M != BLOCK_Q
+    program = tl.program_id(0)
+    batch_kv_head = (program // blocks_per_head).to(tl.int64)
+    work = program % blocks_per_head
+    batch = batch_kv_head // kv_heads
+    kv_head = batch_kv_head % kv_heads
+
+    tile = tl.load(p_columns + tl.load(p_columns + COLUMNS_WORK) + work // N_BLOCKS)
+    position = tl.load(p_columns + tl.load(p_columns + COLUMNS_POSITION) + tile)
+    count = tl.load(p_columns + tl.load(p_columns + COLUMNS_COUNT) + tile)
+
+    o_d = tl.arange(0, D)
+    n_start = (work % N_BLOCKS) * BLOCK_N
+    o_n = n_start + tl.arange(0, BLOCK_N)
+    m_n = o_n < count
+    k_tokens = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS)
+    keys64 = k_tokens.to(tl.int64)
+
+    p_k += batch * stride_kb + kv_head * stride_kh
+    p_v += batch * stride_vb + kv_head * stride_vh
+    b_k = load_rows(p_k + (keys64 * stride_kn)[:, None] + o_d[None, :], m_n, o_d, True, HEAD_DIM, D)
+    b_v = load_rows(p_v + (keys64 * stride_vn)[:, None] + o_d[None, :], m_n, o_d, True, HEAD_DIM, D)
+
+    b_dk = tl.zeros([BLOCK_N, D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, D], tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        batch_head = batch_kv_head * group + member
+        p_q_head = p_q + batch * stride_qb + head * stride_qh
+        p_do_head = p_grad_out + batch * stride_gb + head * stride_gh
+        for MASKED in tl.static_range(2):
+            if MASKED:
+                entry_begin = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_BEGIN) + tile
+                entry_end = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_END) + tile
+                entry_position = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_POSITION)
+                entry_set = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_SET)
+                entry_count = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_COUNT)
+                entry_mask = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_MASK)
+            else:
+                entry_begin = p_columns + tl.load(p_columns + COLUMNS_FULL_BEGIN) + tile
+                entry_end = p_columns + tl.load(p_columns + COLUMNS_FULL_END) + tile
+                entry_position = p_columns + tl.load(p_columns + COLUMNS_FULL_POSITION)
+                entry_set = p_columns + tl.load(p_columns + COLUMNS_FULL_SET)
+            for step in range(tl.load(entry_begin) * M_BLOCKS, tl.load(entry_end) * M_BLOCKS):
+                entry = step // M_BLOCKS
+                o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+                q_position = tl.load(entry_position + entry)
+                s = tl.load(entry_set + entry).to(tl.int64)
+                m_m = o_m < BLOCK_Q
+                if MASKED:
+                    m_m = o_m < tl.load(entry_count + entry)
+                p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+                p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+                b_q = load_rows(p_q_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [BLOCK_M, D]
+                b_do = load_rows(p_do_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [BLOCK_M, D]
+                if DROPOUT or not MANY_SETS:
+                    q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
+                b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                b_s = b_s * scale_log2
+                if MASKED:
+                    mask_id = tl.load(entry_mask + entry)
+                    allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
+                    b_s = tl.where(allowed & m_m[None, :], b_s, float("-inf"))
+                if SIGMOID:
+                    b_p = sigmoid2(b_s)
+                else:
+                    if MANY_SETS:
+                        o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
+                    else:
+                        o_lse = batch_head * num_q + q_tokens
+                    b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
+                    b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+                    b_p = tl.math.exp2(b_s - b_shift[None, :])
+
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                b_pw = b_p * b_w[None, :]
+                if DROPOUT:
+                    dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
+                    keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
+                    b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
+                    b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
+                b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                if SIGMOID:
+                    b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
+                else:
+                    b_ds = b_p * (b_dp * b_w[None, :] - b_delta[None, :])
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+
+    batch_out = batch * stride_dkb + kv_head * stride_dkh
+    p_dk_rows = p_grad_k + batch_out + (keys64 * stride_dkn)[:, None] + o_d[None, :]
+    store_rows(p_dk_rows, b_dk * scale, m_n, o_d, HEAD_DIM, D)
+    batch_out = batch * stride_dvb + kv_head * stride_dvh
+    p_dv_rows = p_grad_v + batch_out + (keys64 * stride_dvn)[:, None] + o_d[None, :]
+    store_rows(p_dv_rows, b_dv, m_n, o_d, HEAD_DIM, D)
+
+
+@triton.jit
+def compact_kernel(p_columns, p_alive, p_out, BLOCK: tl.constexpr):
+    """Leave out the entries of one kv tile whose softmax set has only zero weights; the order stays.
+
+    ``p_out`` starts as a copy of ``p_columns``; the tile's entries move to the front of its own range, and the
+    end of the range moves with them. A branch per entry in the dK/dV loop would cost its software pipelining.
+    """
+    tile = tl.program_id(0)
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            begin_of = tl.load(p_columns + COLUMNS_PARTIAL_BEGIN) + tile
+            end_of = tl.load(p_columns + COLUMNS_PARTIAL_END) + tile
+            position = tl.load(p_columns + COLUMNS_PARTIAL_POSITION)
+            sets = tl.load(p_columns + COLUMNS_PARTIAL_SET)
+            count = tl.load(p_columns + COLUMNS_PARTIAL_COUNT)
+            mask = tl.load(p_columns + COLUMNS_PARTIAL_MASK)
+        else:
+            begin_of = tl.load(p_columns + COLUMNS_FULL_BEGIN) + tile
+            end_of = tl.load(p_columns + COLUMNS_FULL_END) + tile
+            position = tl.load(p_columns + COLUMNS_FULL_POSITION)
+            sets = tl.load(p_columns + COLUMNS_FULL_SET)
+        end = tl.load(p_columns + end_of)
+        written = tl.load(p_columns + begin_of)
+        for start in range(written, end, BLOCK):
+            o_e = start + tl.arange(0, BLOCK)
+            inside = o_e < end
+            s = tl.load(p_columns + sets + o_e, mask=inside, other=0)
+            keep = (tl.load(p_alive + s, mask=inside, other=0) != 0).to(tl.int32)
+            to = written + tl.cumsum(keep, 0) - 1
+            kept = keep != 0
+            tl.store(p_out + sets + to, s, mask=kept)
+            tl.store(p_out + position + to, tl.load(p_columns + position + o_e, mask=inside), mask=kept)
+            if MASKED:
+                tl.store(p_out + count + to, tl.load(p_columns + count + o_e, mask=inside), mask=kept)
+                tl.store(p_out + mask + to, tl.load(p_columns + mask + o_e, mask=inside), mask=kept)
+            written += tl.sum(keep, 0)
+        tl.store(p_out + end_of, written)
