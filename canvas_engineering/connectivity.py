@@ -9,7 +9,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import Any
 
-from canvas_engineering._checks import check_int, check_number, check_str
+from canvas_engineering._checks import check_choice, check_int, check_number, check_str
 from canvas_engineering._optional import require
 from canvas_engineering.canvas import CanvasLayout
 from canvas_engineering.errors import CanvasError
@@ -79,9 +79,7 @@ class Connection:
                 object.__setattr__(self, name, check_int(offset, f"{edge}: {name}"))
         if self.fn is not None:
             check_str(self.fn, f"{edge}: fn")
-        if self.write_mode not in WRITE_MODES:
-            known = ", ".join(sorted(WRITE_MODES))
-            raise CanvasError(f"{edge}: write_mode: expected one of {known}, got {self.write_mode!r}")
+        check_choice(self.write_mode, f"{edge}: write_mode", sorted(WRITE_MODES))
         try:
             object.__setattr__(self, "temporal_fill", TemporalFill(self.temporal_fill))
         except ValueError:

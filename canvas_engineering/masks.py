@@ -117,9 +117,7 @@ class MaskSpec:
         if self.tile_shape is None and n_spatial == 1 and self.tile_w == 1:
             tile = tile[:1]
         if len(tile) > n_spatial:
-            raise CanvasError(
-                f"MaskSpec tile has {len(tile)} sizes for {n_spatial} spatial axes, got tile {tile}"
-            )
+            raise CanvasError(f"MaskSpec tile has {len(tile)} sizes for {n_spatial} spatial axes, got tile {tile}")
         return tile + (1,) * (n_spatial - len(tile))
 
     def window_tile(self, n_spatial: int) -> tuple[int, ...]:
@@ -156,9 +154,7 @@ def tile_of(mask_spec: MaskSpec, layout: CanvasLayout, region: str, anchor: str 
     return np.tile(frame, t1 - t0)
 
 
-def window_axes(
-    mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def window_axes(mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """The window of each src coordinate along each axis, for ``kind="window"``.
 
     Windows are boxes, so the window of a token is the product of these intervals over its coordinates.
@@ -180,9 +176,7 @@ def window_axes(
         )
     tile = mask_spec.window_tile(layout.n_spatial_dims)
     axes = []
-    for axis, (s_bounds, d_bounds) in enumerate(
-        zip(layout.region_bounds(src), layout.region_bounds(dst), strict=True)
-    ):
+    for axis, (s_bounds, d_bounds) in enumerate(zip(layout.region_bounds(src), layout.region_bounds(dst), strict=True)):
         (s_lo, s_hi), (d_lo, d_hi) = s_bounds, d_bounds
         width = min(mask_spec.window_shape[axis], d_hi - d_lo)
         offset = np.arange(s_hi - s_lo, dtype=np.int64)
@@ -195,9 +189,7 @@ def window_axes(
     return axes
 
 
-def window_bounds(
-    mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str
-) -> tuple[np.ndarray, np.ndarray]:
+def window_bounds(mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str) -> tuple[np.ndarray, np.ndarray]:
     """The box of keys that each token of src reads, for ``kind="window"``.
 
     Returns:
@@ -308,9 +300,7 @@ def _window_pairs(mask_spec: MaskSpec, layout: CanvasLayout, src: str, dst: str)
     for lo, hi in axes:
         cuts = np.flatnonzero(np.diff(lo, prepend=-1)).tolist()
         ends = [*cuts[1:], len(lo)]
-        per_axis.append(
-            [(slice(a, b), slice(int(lo[a]), int(hi[a]))) for a, b in zip(cuts, ends, strict=True)]
-        )
+        per_axis.append([(slice(a, b), slice(int(lo[a]), int(hi[a]))) for a, b in zip(cuts, ends, strict=True)])
     pairs = []
     for boxes in product(*per_axis):
         queries, keys = tuple(q for q, _ in boxes), tuple(k for _, k in boxes)

@@ -2,8 +2,8 @@
 
 Grammar: clauses joined by ``&&``, each ``<region>.<kind> <op> <number>`` with ``op`` one of
 ``< > <= >= == !=``. The kind is what follows the last dot, so region names may hold dots; none of
-``< > = ! & |`` may stand in either. Numbers are decimal: ``3``, ``-.5``, ``+1e-3``. Text is parsed, never
-evaluated as code.
+``< > = ! & |`` may stand in either, nor quotes or parentheses in the kind. Numbers are decimal:
+``3``, ``-.5``, ``+1e-3``. Text is parsed, never evaluated as code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 
 _NAME = r"[^\s<>=!&|]"
 _CLAUSE = re.compile(
-    rf"\s*(?P<region>{_NAME}(?:[^<>=!&|]*{_NAME})?)\.(?P<kind>[^.\s<>=!&|]+)\s*(?P<op><=|>=|==|!=|<|>)\s*"
+    rf"\s*(?P<region>{_NAME}(?:[^<>=!&|]*{_NAME})?)\.(?P<kind>[^.\s<>=!&|()'\"]+)\s*(?P<op><=|>=|==|!=|<|>)\s*"
     r"(?P<number>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*"
 )
 

@@ -1,4 +1,4 @@
-"""The attention functions by themselves: definitions, edge cases, gradients, precision, the split methods, the registry."""
+"""The attention functions by themselves: definitions, edge cases, gradients, precision, split methods, registry."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from canvas_engineering.attention import (
     RandomFixedAttention,
     SigmoidAttention,
     SparseAttention,
+    base,
     create_attention,
     is_plan_capable,
     register_attention,
 )
-from canvas_engineering.attention import base
 from canvas_engineering.attention.key_pattern import KeyIndices, KeyPattern, KeyRanges
 from canvas_engineering.errors import CanvasError
 
@@ -71,7 +71,9 @@ def test_registry_holds_the_functions_of_the_specification() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown attention function 'crossattention'; known: .*cross_attention.*rwkv"):
+    with pytest.raises(
+        ValueError, match=r"unknown attention function 'crossattention'; known: .*cross_attention.*rwkv"
+    ):
         create_attention("crossattention", D)
 
 
@@ -87,7 +89,9 @@ def test_a_registered_function_is_created_with_its_arguments(monkeypatch: pytest
     monkeypatch.setitem(ATTENTION_REGISTRY, "scaled", Scaled)  # undoes the registration afterwards
     register_attention("scaled", Scaled)
     module = create_attention("scaled", D, factor=3.0)
-    torch.testing.assert_close(module(torch.ones(1, 2, D), torch.ones(1, 1, D), torch.ones(1, 1, D)), torch.full((1, 2, D), 3.0))
+    torch.testing.assert_close(
+        module(torch.ones(1, 2, D), torch.ones(1, 1, D), torch.ones(1, 1, D)), torch.full((1, 2, D), 3.0)
+    )
     assert not is_plan_capable(module)
 
 
@@ -151,9 +155,9 @@ def test_inputs_of_wrong_shape_are_refused(name: str) -> None:
         module(x[..., :8], y, y)
     with pytest.raises(CanvasError, match=rf"keys must have shape \(B, N, {D}\), got \(5, {D}\)"):
         module(x, y[0], y)
-    with pytest.raises(CanvasError, match="must agree in batch.*queries .2, 3, 16., keys .1, 5, 16."):
+    with pytest.raises(CanvasError, match=r"must agree in batch.*queries .2, 3, 16., keys .1, 5, 16."):
         module(x, y[:1], y[:1])
-    with pytest.raises(CanvasError, match="keys and values in length.*keys .2, 5, 16., values .2, 4, 16."):
+    with pytest.raises(CanvasError, match=r"keys and values in length.*keys .2, 5, 16., values .2, 4, 16."):
         module(x, y, y[:, :4])
 
 
@@ -246,7 +250,10 @@ def test_mixture_is_the_weighted_sum_of_its_experts(n_keys: int) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5, dtype=torch.float64))
     assert (weights > 0).sum(-1).eq(2).all()
     logits = module.router(q)
-    assert (logits.masked_fill(weights == 0, float("inf")).amin(-1) >= logits.masked_fill(weights > 0, float("-inf")).amax(-1)).all()
+    assert (
+        logits.masked_fill(weights == 0, float("inf")).amin(-1)
+        >= logits.masked_fill(weights > 0, float("-inf")).amax(-1)
+    ).all()
     outputs = [e(q, k[:, a:b], v[:, a:b]) for e, (a, b) in zip(module.experts, ranges, strict=True)]
     expected = sum(weights[..., e, None] * out for e, out in enumerate(outputs))
     torch.testing.assert_close(module.combine(outputs, weights), expected)
@@ -347,7 +354,11 @@ def test_rows_whose_window_is_empty_are_zero_with_zero_gradients(n_queries: int)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_finite_differences(name: str) -> None:
-    arguments = {"sparse_attention": {"top_k": 2}, "local_attention": {"window_size": 3}, "random_fixed": {"n_random": 2}}
+    arguments = {
+        "sparse_attention": {"top_k": 2},
+        "local_attention": {"window_size": 3},
+        "random_fixed": {"n_random": 2},
+    }
     module = make(name, **{"mamba": {"state_size": 3}, "hyena": {"max_len": 8}, **arguments}.get(name, {}))
     q, k, v = (x[..., :].requires_grad_() for x in qkv(4, 5, batch=1))
     if name == "none":

@@ -235,10 +235,25 @@ def test_transfer_distance() -> None:
 
 
 def test_attention_types_hold_every_function_name() -> None:
-    assert set(ATTENTION_TYPES) == set(
-        "cross_attention linear_attention cosine_attention sigmoid_attention gated perceiver pooling copy mamba "
-        "rwkv hyena sparse_attention local_attention none random_fixed mixture cogvideox".split()
-    )
+    assert set(ATTENTION_TYPES) == {
+        "cross_attention",
+        "linear_attention",
+        "cosine_attention",
+        "sigmoid_attention",
+        "gated",
+        "perceiver",
+        "pooling",
+        "copy",
+        "mamba",
+        "rwkv",
+        "hyena",
+        "sparse_attention",
+        "local_attention",
+        "none",
+        "random_fixed",
+        "mixture",
+        "cogvideox",
+    }
     assert all(ATTENTION_TYPES.values())
 
 
@@ -255,7 +270,7 @@ def test_torch_names_are_forwarded() -> None:
     ):
         owner = __import__(f"canvas_engineering.{module}", fromlist=[name])
         assert getattr(owner, name).__name__ == name
-    with pytest.raises(AttributeError, match="'canvas_engineering.canvas' has no attribute 'Nothing'"):
+    with pytest.raises(AttributeError, match=r"'canvas_engineering\.canvas' has no attribute 'Nothing'"):
         canvas.Nothing  # noqa: B018
 
 

@@ -173,6 +173,10 @@ def test_window_around_tiles() -> None:
     assert window_axes(MaskSpec("window", window_shape=(1, 4, 4), tile_h=2, tile_w=4), layout, "x", "x")[1][
         0
     ].tolist() == [0, 0, 0, 0]
+    # The last tile of x is cut short at 10: its middle is 9, not 10.
+    line = CanvasLayout(T=1, spatial_shape=(20,), d_model=1, regions={"x": (0, 1, 0, 10), "y": (0, 1, 0, 20)})
+    cut = window_axes(MaskSpec("window", window_shape=(1, 4), tile_shape=(4,)), line, "x", "y")[1]
+    assert cut[0].tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 7, 7]
     with_time = MaskSpec("window", window_shape=(1, 4, 4), tile_shape=(2, 2, 4))
     assert window_axes(with_time, layout, "x", "x")[0][0].tolist() == [0, 0]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -231,8 +232,13 @@ def _backend_module(name: BackendName) -> ModuleType:
             return reference_backend
 
 
+@cache
+def _built(name: BackendName) -> bool:
+    return installed(f"canvas_engineering.kernels.{name}.backend")
+
+
 def _availability(name: BackendName) -> Availability:
-    if not installed(f"canvas_engineering.kernels.{name}.backend"):
+    if not _built(name):
         return Availability(False, "not built in this version")
     return Availability(*_backend_module(name).availability())
 

@@ -151,10 +151,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
         CanvasError: The file is not one of the two. OSError: It cannot be read.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CanvasError(f"{path}: must be a .npy or .npz file of plain arrays: {error}") from None

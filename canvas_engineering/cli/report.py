@@ -15,17 +15,16 @@ from canvas_engineering.cli.output import seconds, table
 from canvas_engineering.cli.place import PixelRegion, Placed
 
 if TYPE_CHECKING:
-    from canvas_engineering.canvas import CanvasLayout
     from canvas_engineering.plan import BlockSparsePlan
 
 SHOWN_FRAMES = 6
 
 
-def draw_frames(path: Path, region: PixelRegion, output: FloatArray, title: str) -> None:
+def draw_frames(path: Path, region: PixelRegion, read: FloatArray, title: str) -> None:
     """Frames of the clip above what attention read at the same positions, decoded to pixels.
 
     Args:
-        output: ``(positions of the region, d_model)``, attention output with the content as values.
+        read: ``(positions of the region, d_model)``, the content that each position reads.
 
     Raises:
         MissingDependencyError: matplotlib is not installed. OSError: ``path`` cannot be written.
@@ -34,7 +33,7 @@ def draw_frames(path: Path, region: PixelRegion, output: FloatArray, title: str)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    decoded = region.decode(output)
+    decoded = region.decode(read)
     count = region.shape[0]
     shown = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
     figure = Figure(figsize=(2.2 * len(shown) + 0.6, 5.2), layout="constrained")
@@ -89,17 +88,16 @@ def write_results(folder: Path, report: dict[str, Any], text: str) -> list[Path]
 
 
 def draw_results(
-    folder: Path, plan: BlockSparsePlan, layout: CanvasLayout, placed: Placed, output: FloatArray, title: str
+    folder: Path, plan: BlockSparsePlan, placed: Placed, read: FloatArray | None, title: str
 ) -> list[Path]:
     """Write ``plan.png``, and ``result.png`` where a region holds pixels.
 
     Args:
-        output: ``(N, d_model)``, attention output with the content as values.
+        read: ``(positions of the pixel region, d_model)``, the content that each of its positions reads.
     """
     paths = [folder / "plan.png"]
     plan.plot(paths[0])
-    if placed.pixels is not None:
+    if placed.pixels is not None and read is not None:
         paths.append(folder / "result.png")
-        index = np.asarray(layout.region_indices(placed.pixels.name))
-        draw_frames(paths[1], placed.pixels, output[index], title)
+        draw_frames(paths[1], placed.pixels, read, title)
     return paths

@@ -33,6 +33,7 @@ from canvas_engineering.errors import CanvasError
 if TYPE_CHECKING:
     from canvas_engineering.canvas import CanvasLayout
     from canvas_engineering.connectivity import CanvasTopology
+    from canvas_engineering.plan import BlockSparsePlan
 
 EPILOG = """examples:
   canvas-engineering run examples/canvases/computer_use.json --out result
@@ -63,6 +64,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", type=Path, metavar="DIR", help="write pictures and reports here")
     parser.add_argument("--heads", type=int, default=4, metavar="N", help="attention heads (default 4)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed calls per backend (default 5)")
+    parser.add_argument(
+        "--interpret", action="store_true", help="also run backends that are only simulated here (minutes to hours)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(command=main)
 
@@ -77,10 +81,40 @@ def merge_heads(output: FloatArray) -> FloatArray:
     return output[0].transpose(1, 0, 2).reshape(output.shape[2], -1)
 
 
+def pixels_read(
+    plan: BlockSparsePlan, layout: CanvasLayout, placed: Placed, q: FloatArray, k: FloatArray
+) -> FloatArray | None:
+    """``(positions of the pixel region, d_model)``: the mean of the pixel content that each position reads.
+
+    Only the pixel region has content here, and each row is divided by the weight it gave to that region, so that
+    what is read elsewhere does not darken the picture. None without a pixel region.
+    """
+    if placed.pixels is None:
+        return None
+    import torch
+
+    from canvas_engineering.attention.api import block_sparse_attention
+
+    index = np.asarray(layout.region_indices(placed.pixels.name))
+    content, ones = np.zeros_like(placed.content), np.zeros_like(placed.content)
+    content[index], ones[index] = placed.content[index], 1
+    query, key = torch.from_numpy(q), torch.from_numpy(k)
+
+    def read(values: FloatArray) -> FloatArray:
+        out = block_sparse_attention(query, key, torch.from_numpy(split_heads(values, q.shape[1])), plan)
+        return merge_heads(out.numpy())[index]
+
+    total, share = read(content), read(ones)
+    return np.divide(total, share, out=np.zeros_like(total), where=share > 0)
+
+
 def run_dispatcher(
-    topology: CanvasTopology, layout: CanvasLayout, placed: Placed, heads: int, repeat: int, yardstick: Yardstick
+    topology: CanvasTopology, layout: CanvasLayout, placed: Placed, args: argparse.Namespace, yardstick: Yardstick
 ) -> tuple[Outcome, str]:
     """Run the torch ``AttentionDispatcher`` on the canvas and hold it against itself in float64 on the reference.
+
+    Args:
+        args: Its ``heads``, ``block_q``, ``block_kv`` and ``repeat`` are used.
 
     Returns:
         The outcome, and what ``explain()`` says.
@@ -92,7 +126,15 @@ def run_dispatcher(
     def build(backend: str) -> AttentionDispatcher:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return AttentionDispatcher(topology, layout, layout.d_model, n_heads=heads, backend=backend).eval()
+            return AttentionDispatcher(
+                topology,
+                layout,
+                layout.d_model,
+                n_heads=args.heads,
+                backend=backend,
+                block_q=args.block_q,
+                block_kv=args.block_kv,
+            ).eval()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dispatcher = build("auto").to(device)
@@ -105,13 +147,12 @@ def run_dispatcher(
         return out
 
     with torch.inference_mode():
-        result, median, first = timed(call, repeat)
+        result, median, first = timed(call, args.repeat)
         explanation = str(dispatcher.explain())
         if not yardstick.complete:
-            reason = "not compared: the reference would take too long on this canvas"
-            return Outcome(
-                "dispatcher", f"torch {device}", "not compared", reason, None, None, first, median
-            ), explanation
+            reason = "the reference would take too long on this canvas"
+            outcome = Outcome("dispatcher", f"torch {device}", "not compared", reason, None, None, first, median)
+            return outcome, explanation
         exact = build("reference").double()(placed.canvas.double()).numpy()
         rounded = build("reference")(placed.canvas).numpy()
     # Float32 projections cost something whatever the backend; attention's own rounding comes on top.
@@ -149,8 +190,8 @@ def main(args: argparse.Namespace) -> int:
     rotation = orthonormal(layout.d_model, layout.d_model, np.random.default_rng(1))
     q = k = split_heads(placed.canvas[0].numpy() @ rotation, args.heads)
     v = split_heads(placed.content, args.heads)
-    output, yardstick, outcomes = compare_backends(plan, q, k, v, args.repeat)
-    outcome, explanation = run_dispatcher(topology, layout, placed, args.heads, args.repeat, yardstick)
+    yardstick, outcomes = compare_backends(plan, q, k, v, args.repeat, args.interpret)
+    outcome, explanation = run_dispatcher(topology, layout, placed, args, yardstick)
     outcomes.append(outcome)
 
     report: dict[str, Any] = {
@@ -177,7 +218,7 @@ def main(args: argparse.Namespace) -> int:
     written = []
     if args.out is not None:
         written = write_results(args.out, report, markdown(report, outcomes, explanation))
-        written += draw_results(args.out, plan, layout, placed, merge_heads(output), report["title"])
+        written += draw_results(args.out, plan, placed, pixels_read(plan, layout, placed, q, k), report["title"])
     if args.json:
         print_json(report | {"written": [str(path) for path in written]})
         return status

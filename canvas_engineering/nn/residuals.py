@@ -12,9 +12,6 @@ from canvas_engineering.canvas import UnknownRegionError
 from canvas_engineering.errors import CanvasError
 from canvas_engineering.residuals import ResidualSpec
 
-#: How an error tensor becomes one number per kind.
-REDUCTIONS = ("max_mean", "mean", "max", "l2")
-
 
 class ResidualAccumulator(nn.Module):
     """An exponential moving average of one number per region and kind of error; nothing is learned.
@@ -28,9 +25,6 @@ class ResidualAccumulator(nn.Module):
         spec: kinds, reduction and decay; the default ``ResidualSpec()`` when None.
 
     Buffers: ``_summaries`` (regions, kinds) float32, ``_step_counts`` (regions,) int64.
-
-    Raises:
-        CanvasError: the spec names an unknown reduction.
     """
 
     _summaries: Tensor
@@ -39,8 +33,6 @@ class ResidualAccumulator(nn.Module):
     def __init__(self, region_names: Iterable[str], spec: ResidualSpec | None = None) -> None:
         super().__init__()
         self.spec = ResidualSpec() if spec is None else spec
-        if self.spec.reduce not in REDUCTIONS:
-            raise CanvasError(f"reduce must be one of {', '.join(REDUCTIONS)}, got reduce={self.spec.reduce!r}")
         self._region_names = sorted(region_names)
         self._rows = {name: row for row, name in enumerate(self._region_names)}
         n_regions = len(self._region_names)
@@ -82,7 +74,7 @@ class ResidualAccumulator(nn.Module):
                 numbers = [error.max().float()]
             case "l2":
                 numbers = [torch.linalg.vector_norm(full_precision(error)).float()]
-            case _ if n_kinds == 1:
+            case _ if n_kinds == 1:  # max_mean
                 numbers = [error.mean(dtype=torch.float32)]
             case _:
                 numbers = [error.max().float(), error.mean(dtype=torch.float32)]

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from canvas_engineering.groups import BoxPattern
-from canvas_engineering.plan.atoms import Tokens
 from canvas_engineering.plan.boxes import box_visits
 from canvas_engineering.plan.entries import pair_visits
-from canvas_engineering.plan.parts import Part, Parts
+from canvas_engineering.plan.parts import IndexSets, Part, Parts
 from canvas_engineering.plan.tiling import Order, Tiling, tile_order
 
 #: Tile sizes that ``auto`` considers, with the relative speed of one pair in a tile of that size. These are model
@@ -41,7 +40,7 @@ ENTRY_OVERHEAD = 512
 ALIGNMENTS = (math.inf, 1.0, 0.5)
 #: Tiles with which token orders are compared, and how many orders go on to the full comparison.
 PROBE_TILES = ((32, 32), (128, 128))
-FINALISTS = 2
+FINALISTS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +82,9 @@ class _Touched:
     bits: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, sets: list[Tokens], tiling: Tiling) -> _Touched:
-        num_tiles = tiling.count.size
-        table = np.zeros((len(sets), -(-num_tiles // 64) * 64), np.bool_)
-        for number, tokens in enumerate(sets):
-            table[number, tiling.place[tokens] // tiling.block] = True
+    def of(cls, sets: IndexSets, tiling: Tiling) -> _Touched:
+        table = np.zeros((sets.count, -(-tiling.count.size // 64) * 64), np.bool_)
+        table[sets.number, tiling.place[sets.tokens] // tiling.block] = True
         set_id, tile = np.nonzero(table)
         return cls(set_id, tile, table.sum(axis=1), np.packbits(table, axis=1, bitorder="little").view(np.uint64))
 
@@ -101,7 +98,7 @@ class _Rectangles:
 
     def __init__(self, parts: Parts, rows: Tiling) -> None:
         rectangles = [part for part in parts.parts if part.pattern is None]
-        touched = _Touched.of(parts.row_sets, rows)
+        touched = _Touched.of(parts.flat_rows, rows)
         slot = np.array([part.slot for part in rectangles], np.int64)
         self.col_set = np.array([part.col_set for part in rectangles], np.int64)
         row_set = np.array([part.row_set for part in rectangles], np.int64)
@@ -195,7 +192,7 @@ class _Tilings:
 
     def touched(self, parts: Parts, tiling: Tiling) -> _Touched:
         if id(tiling) not in self._touched:
-            self._touched[id(tiling)] = _Touched.of(parts.col_sets, tiling)
+            self._touched[id(tiling)] = _Touched.of(parts.flat_cols, tiling)
         return self._touched[id(tiling)]
 
 
@@ -221,7 +218,7 @@ def choose(
 ) -> Candidate:
     """The cheapest candidate; ties go to the earlier one.
 
-    Orders are compared first, with a small and a large tile and everything packed; the best two then meet all
+    Orders are compared first, with a small and a large tile and everything packed; the best few then meet all
     tile sizes and alignments.
     """
     needed = true_pairs(parts)

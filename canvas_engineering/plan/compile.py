@@ -24,7 +24,7 @@ from canvas_engineering.plan.assemble import assemble, normalized
 from canvas_engineering.plan.auto import choose, tile_pairs
 from canvas_engineering.plan.parts import Parts, make_parts
 from canvas_engineering.plan.plan import BlockSize, BlockSparsePlan, Softmax
-from canvas_engineering.plan.tiling import Order, order_atoms, spatial_ranks
+from canvas_engineering.plan.tiling import Order, OrderName, order_atoms, spatial_ranks
 
 if TYPE_CHECKING:
     from canvas_engineering.canvas import CanvasLayout
@@ -195,13 +195,12 @@ def _orders(
         inner_candidates += list(_spatial_orders(parts, grid, kv_grid))
     elif any(isinstance(part.pattern, PairPattern) for part in parts.parts):
         inner_candidates.append(_clustered(parts))
+    one_atom = parts.q_atoms.count <= 1 and parts.kv_atoms.count <= 1
+    names: tuple[OrderName, ...] = ("kind",) if one_atom else ("kind", "mixed", "canvas")
     for q_inner, kv_inner in inner_candidates:
-        for by_kind in (True, False) if parts.q_atoms.count > 1 or parts.kv_atoms.count > 1 else (True,):
-            q_order = order_atoms(parts.q_atoms, by_kind=by_kind, inner=q_inner)
-            if same_tokens:
-                yield q_order, q_order
-            else:
-                yield q_order, order_atoms(parts.kv_atoms, by_kind=by_kind, inner=kv_inner)
+        for name in names:
+            q_order = order_atoms(parts.q_atoms, name, q_inner)
+            yield q_order, q_order if same_tokens else order_atoms(parts.kv_atoms, name, kv_inner)
 
 
 def _runs(of_token: NDArray[np.int64], kind: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from canvas_engineering.plan.plan import BlockSparsePlan
 
 
+#: Entries of an index table that may be as wide as the number of tiles.
+_WHOLE_TABLE = 1 << 24
+
+
 def _require_one_set(plan: BlockSparsePlan, target: str) -> None:
     if plan.max_sets > 1:
         raise PlanError(
@@ -74,52 +78,58 @@ def to_mask_info(plan: BlockSparsePlan, head_shards: int, q_seq_shards: int) -> 
 def to_block_mask(plan: BlockSparsePlan, device: Any) -> Any:
     """See :meth:`BlockSparsePlan.to_block_mask`.
 
-    Memory follows the entries, except for FlexAttention's own index tables (q tiles x most entries of a tile).
+    Its index tables are ``q tiles x kv tiles`` where that is at most ``_WHOLE_TABLE``, which ``BlockMask``'s own
+    ``to_dense`` and printing expect; above, they are only as wide as the longest list, which is all a kernel reads.
     """
     _require_one_set(plan, "BlockMask")
     torch = require("torch", "torch", "plan.to_block_mask")
     from torch.nn.attention.flex_attention import BlockMask
 
-    entry_mask, masks = padded_masks(plan)
-    tile = plan.set_tile[plan.entry_set]
-    full_num, full_index = _padded_lists(tile[entry_mask < 0], plan.entry_kv[entry_mask < 0], plan.num_q_tiles)
-    partial = entry_mask >= 0
-    part_num, part_index = _padded_lists(tile[partial], plan.entry_kv[partial], plan.num_q_tiles)
-    # (q tile, kv tile) -> mask, as a sorted key list, so that mask_mod needs no table of all tile pairs.
-    keys = tile[partial].astype(np.int64) * plan.num_kv_tiles + plan.entry_kv[partial]
-    order = np.argsort(keys)
-
     def tensor(array: NDArray[np.generic]) -> Any:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    key_table = tensor(keys[order] if keys.size else np.full(1, -1, np.int64))
-    mask_table = tensor(entry_mask[partial][order].astype(np.int64) if keys.size else np.zeros(1, np.int64))
+    entry_mask, masks = padded_masks(plan)
+    tile, kv, partial = plan.set_tile[plan.entry_set], plan.entry_kv, entry_mask >= 0
+    by_kv = np.argsort(kv, kind="stable")
+    tables: dict[str, Any] = {}
+    for name, some in (("", partial), ("full_", ~partial)):
+        back = by_kv[some[by_kv]]
+        rows = _index_table(tile[some], kv[some], plan.num_q_tiles, plan.num_kv_tiles)
+        columns = _index_table(kv[back], tile[back], plan.num_kv_tiles, plan.num_q_tiles)
+        for side, (count, index) in (("kv", rows), ("q", columns)):
+            tables[f"{name}{side}_num_blocks"] = tensor(count)[None, None]
+            tables[f"{name}{side}_indices"] = tensor(index)[None, None]
+    # (q tile, kv tile) -> entry, as a sorted key list, so that mask_mod needs no table of all tile pairs. mask_mod is
+    # the whole truth, also for tiles that the kernels would not ask about: uncompiled FlexAttention uses nothing else.
+    keys = tile.astype(np.int64) * plan.num_kv_tiles + kv  # ascending, as the entries are
+    key_table = tensor(keys if keys.size else np.full(1, -1, np.int64))
+    mask_table = tensor(entry_mask.astype(np.int64) if keys.size else np.zeros(1, np.int64))
     bits = tensor(masks if masks.size else np.zeros((1, plan.block_q, plan.block_kv // 8), np.uint8))
     block_q, block_kv, num_kv_tiles = plan.block_q, plan.block_kv, plan.num_kv_tiles
 
     def mask_mod(batch: Any, head: Any, q_index: Any, kv_index: Any) -> Any:
         key = (q_index // block_q) * num_kv_tiles + kv_index // block_kv
         place = torch.searchsorted(key_table, key.to(torch.int64)).clamp(max=key_table.numel() - 1)
-        byte = bits[mask_table[place], q_index % block_q, (kv_index % block_kv) // 8]
-        return ((byte >> (kv_index % 8)) & 1).to(torch.bool)
+        mask = mask_table[place]
+        byte = bits[mask.clamp(min=0), q_index % block_q, (kv_index % block_kv) // 8]
+        allowed = ((byte >> (kv_index % 8)) & 1).to(torch.bool)
+        return (key_table[place] == key) & ((mask < 0) | allowed)
 
-    return BlockMask.from_kv_blocks(
-        tensor(part_num)[None, None],
-        tensor(part_index)[None, None],
-        tensor(full_num)[None, None],
-        tensor(full_index)[None, None],
+    return BlockMask(
+        seq_lengths=(plan.num_q_tiles * block_q, plan.num_kv_tiles * block_kv),
         BLOCK_SIZE=(block_q, block_kv),
         mask_mod=mask_mod,
-        seq_lengths=(plan.num_q_tiles * block_q, plan.num_kv_tiles * block_kv),
+        **tables,
     )
 
 
-def _padded_lists(
-    tile: NDArray[np.int32], kv: NDArray[np.int32], num_tiles: int
+def _index_table(
+    owner: NDArray[np.int32], member: NDArray[np.int32], num_owners: int, num_members: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Counts ``(num_tiles,)`` and kv tiles ``(num_tiles, longest)`` of each q tile; ``tile`` is ascending."""
-    count = np.bincount(tile, minlength=num_tiles).astype(np.int32)
-    index = np.zeros((num_tiles, max(int(count.max(initial=0)), 1)), np.int32)
-    within = np.arange(tile.size) - np.repeat(np.cumsum(count) - count, count)
-    index[tile, within] = kv
+    """Counts ``(owners,)`` and members ``(owners, width)`` of each owner; ``owner`` is ascending."""
+    count = np.bincount(owner, minlength=num_owners).astype(np.int32)
+    width = num_members if num_owners * num_members <= _WHOLE_TABLE else int(count.max(initial=0))
+    index = np.zeros((num_owners, max(width, 1)), np.int32)
+    within = np.arange(owner.size) - np.repeat(np.cumsum(count) - count, count)
+    index[owner, within] = member
     return count, index

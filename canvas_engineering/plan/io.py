@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 import zlib
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from canvas_engineering.plan.plan import BlockSparsePlan
 
 _MAGIC = "canvas-engineering plan"
+#: What NumPy, zipfile and json raise on truncated, edited and foreign archives; NotImplementedError and RuntimeError
+#: are zipfile's for unknown compression and for encryption.
+_DAMAGE = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _SCALARS = ("num_q", "num_kv", "block_q", "block_kv")
 
 
@@ -53,18 +66,21 @@ def load_plan(path: str | Path) -> BlockSparsePlan:
         return error
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        content = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
+        raise refuse(error.strerror or str(error), error) from error
+    if not zipfile.is_zipfile(content):
+        raise refuse("the file is damaged or not a plan (not a zip archive)")
+    try:
+        with np.load(content, allow_pickle=False) as archive:
             missing = [name for name in ("header", *ARRAY_FIELDS) if name not in archive.files]
             if missing:
                 raise refuse(f"not a plan, it lacks {', '.join(missing)}")
             header = json.loads(archive["header"].tobytes())
             arrays = {name: archive[name] for name in ARRAY_FIELDS}
-    except OSError as error:
-        raise refuse(error.strerror or str(error), error) from error
     except PlanError:
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, KeyError) as error:
-        # What NumPy and zipfile raise on truncated, edited and foreign files; a lone .npy has no ``files``.
+    except _DAMAGE as error:
         raise refuse(f"the file is damaged or not a plan ({error})", error) from error
 
     if not isinstance(header, dict) or header.get("magic") != _MAGIC:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,20 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class IndexSets:
+    """Several index sets in one array: set ``number[i]`` holds ``tokens[i]``."""
+
+    count: int
+    number: NDArray[np.int64]
+    tokens: Tokens
+
+    @classmethod
+    def of(cls, sets: list[Tokens]) -> IndexSets:
+        number = np.repeat(np.arange(len(sets)), [tokens.size for tokens in sets])
+        return cls(len(sets), number, np.concatenate(sets) if sets else np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True, eq=False)
 class Parts:
     """All parts of a plan and the atoms they speak of.
 
@@ -53,6 +68,14 @@ class Parts:
     kv_atoms: Atoms
     num_slots: int
     joint: bool
+
+    @cached_property
+    def flat_rows(self) -> IndexSets:
+        return IndexSets.of(self.row_sets)
+
+    @cached_property
+    def flat_cols(self) -> IndexSets:
+        return IndexSets.of(self.col_sets)
 
 
 class _Uses:

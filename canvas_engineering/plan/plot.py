@@ -42,10 +42,15 @@ def region_runs(plan: BlockSparsePlan, tokens: NDArray[np.int32]) -> list[tuple[
 
     Positions are in tiles. Overlapping regions are joined by "+"; tokens outside every region are "unused".
     """
-    member = np.zeros(int(np.prod(plan.grid)), np.int64) if plan.grid else np.zeros(0, np.int64)
-    for number, (_, bounds) in enumerate(plan.regions):
-        box = tuple(slice(bounds[2 * d], bounds[2 * d + 1]) for d in range(len(plan.grid)))
-        member.reshape(plan.grid)[box] |= 1 << number
+    shape = plan.grid or (plan.num_q if tokens is plan.q_tokens else plan.num_kv,)
+    member = np.zeros(shape, np.int64)
+    labels: list[list[str]] = [[]]
+    for name, bounds in plan.regions:  # refine the classes region by region; there are few, however many regions
+        inside = np.zeros(shape, np.int64)
+        inside[tuple(slice(bounds[2 * d], bounds[2 * d + 1]) for d in range(len(shape)))] = 1
+        classes, member = np.unique(2 * member + inside, return_inverse=True)
+        labels = [labels[c // 2] + [name] * (c % 2) for c in classes]
+    member = member.ravel()
     block = tokens.shape[1]
     slots = np.flatnonzero(tokens.ravel() >= 0)
     kinds = member[tokens.ravel()[slots]]
@@ -53,8 +58,7 @@ def region_runs(plan: BlockSparsePlan, tokens: NDArray[np.int32]) -> list[tuple[
     runs = []
     for i, start in enumerate(starts):
         stop = starts[i + 1] if i + 1 < starts.size else kinds.size
-        names = [name for number, (name, _) in enumerate(plan.regions) if kinds[start] >> number & 1]
-        runs.append(("+".join(names) or "unused", slots[start] / block, (slots[stop - 1] + 1) / block))
+        runs.append(("+".join(labels[kinds[start]]) or "unused", slots[start] / block, (slots[stop - 1] + 1) / block))
     return runs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,13 @@ class Order:
     Attributes:
         tokens: ``(num_tokens,)`` a permutation.
         run_sizes: Lengths of consecutive runs (atoms in this order).
-        run_kind: Kind of each run; unused tokens (-1) come last.
+        run_group: Short runs of equal group may share a tile with each other; unused tokens (-1) come last.
         name: For messages and tests.
     """
 
     tokens: Tokens
     run_sizes: Tokens
-    run_kind: NDArray[np.int64]
+    run_group: NDArray[np.int64]
     name: str
 
 
@@ -46,20 +47,45 @@ class Tiling:
     count: Tokens
 
 
-def order_atoms(atoms: Atoms, *, by_kind: bool, inner: NDArray[np.int64] | None = None) -> Order:
-    """Sequence the atoms by first token, or kind by kind; ``inner`` ranks the tokens within an atom.
+#: Atoms below this size are the small ones of the ``"mixed"`` order.
+_SMALL_ATOM = 64
 
-    Grouping by kind puts all frames of a region side by side; by first token keeps whole frames together.
+OrderName = Literal["kind", "canvas", "mixed"]
+
+
+def order_atoms(atoms: Atoms, name: OrderName, inner: NDArray[np.int64] | None = None) -> Order:
+    """Sequence the atoms; ``inner`` ranks the tokens within an atom.
+
+    ``"kind"`` puts all frames of a region side by side, ``"canvas"`` keeps whole frames together, and ``"mixed"``
+    does the first for large atoms and the second for small ones: the pointer, the keys and the text of one frame
+    then share a tile, whose rows read the same frames.
     """
-    sequence = np.lexsort((atoms.first, atoms.kind if by_kind else np.zeros(atoms.count), atoms.kind < 0))
+    unused = atoms.kind < 0
+    if name == "kind":
+        group = atoms.kind
+        sequence = np.lexsort((atoms.first, atoms.kind, unused))
+    elif name == "canvas":
+        group = np.where(unused, -1, 0)
+        sequence = np.lexsort((atoms.first, unused))
+    else:
+        small = (atoms.size < _SMALL_ATOM) & ~unused
+        turn = _turns(atoms.kind)
+        group = np.where(small, atoms.kind.max(initial=0) + 1 + turn, atoms.kind)
+        sequence = np.lexsort((atoms.first, atoms.kind, group, unused))
     rank = np.empty(atoms.count, np.int64)
     rank[sequence] = np.arange(atoms.count)
     token_rank = rank[atoms.of_token]
-    if inner is None:
-        tokens = np.argsort(token_rank, kind="stable")
-    else:
-        tokens = np.lexsort((inner, token_rank))
-    return Order(tokens, atoms.size[sequence], atoms.kind[sequence], "kind" if by_kind else "canvas")
+    tokens = np.argsort(token_rank, kind="stable") if inner is None else np.lexsort((inner, token_rank))
+    return Order(tokens, atoms.size[sequence], group[sequence], name)
+
+
+def _turns(kind: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many atoms of its own kind stand before each atom: its frame, for the frames of a region."""
+    order = np.argsort(kind, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], kind[order][1:] != kind[order][:-1]])) if kind.size else order
+    turn = np.empty(kind.size, np.int64)
+    turn[order] = np.arange(kind.size) - np.repeat(starts, np.diff(np.append(starts, kind.size)))
+    return turn
 
 
 def tile_order(order: Order, block: int, align: float) -> Tiling:
@@ -69,19 +95,19 @@ def tile_order(order: Order, block: int, align: float) -> Tiling:
         order: The sequence of tokens.
         block: Tile size.
         align: Runs of at least ``align * block`` tokens start at a tile boundary and are padded to one; shorter
-            ones are packed, together with their neighbours of the same kind. ``inf`` packs everything.
+            ones are packed, together with their neighbours of the same group. ``inf`` packs everything.
     """
     run_sizes, num_tokens = order.run_sizes, order.tokens.size
     if num_tokens == 0:
         return Tiling(block, np.zeros((0, block), np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
     starts = np.concatenate([[0], np.cumsum(run_sizes)])
     # Unused tokens keep to tiles of their own: a tile of used tokens then stays full where it can be.
-    boundary = np.concatenate([[True], (order.run_kind[1:] < 0) != (order.run_kind[:-1] < 0)])
+    boundary = np.concatenate([[True], (order.run_group[1:] < 0) != (order.run_group[:-1] < 0)])
     large = run_sizes >= align * block
     if large.any():
-        # A stretch ends where a large run begins or ends, or where packed runs change their kind.
+        # A stretch ends where a large run begins or ends, or where packed runs change their group.
         boundary |= large
-        boundary[1:] |= large[:-1] | (order.run_kind[1:] != order.run_kind[:-1])
+        boundary[1:] |= large[:-1] | (order.run_group[1:] != order.run_group[:-1])
     stretch_starts = starts[:-1][boundary]
     stretch_sizes = np.diff(np.append(stretch_starts, num_tokens))
     padded = -(-stretch_sizes // block) * block

@@ -68,8 +68,8 @@ def backward_rows(
 
     operands = [
         Operand("q", q, (None, bq, head_dim), lambda s: (s.head, s.tile, 0)),
-        Operand("k", k, (None, bkv, head_dim), lambda s: (s.head // group, s.other, 0)),
-        Operand("v", v, (None, bkv, head_dim), lambda s: (s.head // group, s.other, 0)),
+        Operand("k", k, (None, bkv, head_dim), lambda s: (s.kv_head(group), s.other, 0)),
+        Operand("v", v, (None, bkv, head_dim), lambda s: (s.kv_head(group), s.other, 0)),
         Operand("grad_out", grad_out, (None, bq, head_dim), lambda s: (s.head, s.tile, 0)),
         Operand("out", out, (None, None, bq, head_dim), by_set)
         if config.keeps_outputs_by_set

@@ -66,8 +66,8 @@ def forward(
 
     operands = [
         Operand("q", q, (None, bq, head_dim), lambda s: (s.head, s.tile, 0)),
-        Operand("k", k, (None, bkv, head_dim), lambda s: (s.head // group, s.other, 0)),
-        Operand("v", v, (None, bkv, head_dim), lambda s: (s.head // group, s.other, 0)),
+        Operand("k", k, (None, bkv, head_dim), lambda s: (s.kv_head(group), s.other, 0)),
+        Operand("v", v, (None, bkv, head_dim), lambda s: (s.kv_head(group), s.other, 0)),
     ]
     if arrays.row_masks is not None:
         words = arrays.row_masks.shape[1]

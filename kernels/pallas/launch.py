@@ -47,6 +47,11 @@ class Step:
     def mask(self) -> Any:
         return self._read(self._lists.mask)
 
+    def kv_head(self, group: int) -> Any:
+        """The kv head that this query head reads, ``group`` query heads to one."""
+        # Not `//`: rounding towards minus infinity costs instructions, and heads are not negative.
+        return self.head if group == 1 else lax.div(self.head, jnp.int32(group))
+
     def softmax_set(self, q_tile: Any) -> Any:
         """The set of this entry; without a list of sets, every q tile has the set of its own number."""
         return q_tile if self._lists.softmax_set is None else self._read(self._lists.softmax_set)

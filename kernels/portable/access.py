@@ -1,11 +1,13 @@
-"""How the problems of a batch lie in the operands: as a slice where possible, else by index.
+"""How the problems of a plan lie in the operands: as slices where possible, else by index.
 
 Operands are used in the order in which the caller numbers the tokens, unless permuting them once into plan
-order and cutting slices there moves fewer rows.
+order and cutting slices there moves fewer rows. Batches over the same rows (one per softmax set of these rows)
+are joined, so that q is read and the output written once for all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +26,7 @@ class Access:
     Attributes:
         index: ``(G, L)``, places in the operand.
         run: ``(start, step)`` where ``index[g, i] == start + g * step + i`` and problems do not overlap, else None.
-        assign: No earlier batch and no other problem has any of these places, so results can be written
+        assign: Nothing before has any of these places and no place is met twice, so that results can be written
             instead of added.
     """
 
@@ -34,13 +36,23 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Problems:
-    """One batch with the places of its operands; ``batch`` holds the tokens as the plan numbers them."""
+class Read:
+    """One softmax set of the rows of some problems: their keys, mask and weights.
+
+    ``batch`` holds the tokens as the plan numbers them.
+    """
 
     batch: Batch
-    rows: Access
     keys: Access
     weight: NDArray[np.float32] | None  # (G, R) the plan's row weights, None where all are 1
+
+
+@dataclass(frozen=True)
+class Problems:
+    """``G`` problems of ``R`` rows, each read once or several times; the output is the weighted sum."""
+
+    rows: Access
+    reads: tuple[Read, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Lowering:
 
     Attributes:
         q_order, kv_order: The permutations that the operands go through first, or None for none.
-        assigns_all_rows: Every query token is written by a batch that assigns: the output need not start at 0.
+        assigns_all_rows: Every query token is written by problems that assign: the output need not start at 0.
     """
 
     problems: tuple[Problems, ...]
@@ -79,7 +91,8 @@ def _rows_moved(lowering: Lowering) -> int:
     if lowering.q_order is not None and lowering.kv_order is not None:
         moved += 2 * (lowering.q_order.size + lowering.kv_order.size)
     for one in lowering.problems:
-        moved += 2 * sum(access.index.size for access in (one.rows, one.keys) if access.run is None)
+        for access in (one.rows, *(read.keys for read in one.reads)):
+            moved += 2 * access.index.size if access.run is None else 0
     return moved
 
 
@@ -87,22 +100,22 @@ def _lowering(plan: BlockSparsePlan, batches: list[Batch], q_order: Int64 | None
     place_q, place_kv = _inverse(q_order, plan.num_q), _inverse(kv_order, plan.num_kv)
     written = np.zeros(plan.num_q, np.bool_)
     read = np.zeros(plan.num_kv, np.bool_)
-    assigned = 0
     row_weight = plan.row_weight.ravel()
-    problems = []
+    by_rows: dict[tuple[tuple[int, ...], bytes], list[Batch]] = {}
     for batch in batches:
-        if batch.masks is None:
-            batch = _sorted_by_place(batch, place_q, place_kv)
-        weight = row_weight[batch.slots]
-        problems.append(
-            Problems(
-                batch,
-                _access(place_q[batch.rows], written),
-                _access(place_kv[batch.keys], read),
-                None if (weight == 1).all() else weight,
-            )
-        )
-        assigned += batch.rows.size if problems[-1].rows.assign else 0
+        for layer in _layers(batch if batch.masks is not None else _sorted_by_place(batch, place_q, place_kv)):
+            by_rows.setdefault((layer.rows.shape, layer.rows.tobytes()), []).append(layer)
+    problems = []
+    assigned = 0
+    for same_rows in by_rows.values():
+        reads = []
+        for batch in same_rows:
+            weight = row_weight[batch.slots]
+            keys = _access(place_kv[batch.keys], read)
+            reads.append(Read(batch, keys, None if (weight == 1).all() else weight))
+        rows = _access(place_q[same_rows[0].rows], written)
+        assigned += rows.index.size if rows.assign else 0
+        problems.append(Problems(rows, tuple(reads)))
     return Lowering(tuple(problems), q_order, kv_order, assigned == plan.num_q)
 
 
@@ -125,6 +138,23 @@ def _sorted_by_place(batch: Batch, place_q: Int64, place_kv: Int64) -> Batch:
         slots=np.take_along_axis(batch.slots, by_row, axis=1)[first],
         keys=np.take_along_axis(batch.keys, by_key, axis=1)[first],
     )
+
+
+def _layers(batch: Batch) -> Iterator[Batch]:
+    """A batch whose problems meet rows more than once, as batches that meet them once (where rows are identical)."""
+    first = batch.rows[:, 0]
+    if np.unique(first).size == first.size:
+        yield batch
+        return
+    by_first = np.argsort(first, kind="stable")
+    ordered = first[by_first]
+    begin = np.maximum.accumulate(np.where(np.diff(ordered, prepend=-1) != 0, np.arange(first.size), 0))
+    layer = np.empty(first.size, np.int64)
+    layer[by_first] = np.arange(first.size) - begin
+    for number in range(int(layer.max()) + 1):
+        chosen = layer == number
+        index = None if batch.mask_index is None else batch.mask_index[chosen]
+        yield Batch(batch.rows[chosen], batch.slots[chosen], batch.keys[chosen], index, batch.masks)
 
 
 def _access(index: Int64, used: NDArray[np.bool_]) -> Access:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from canvas_engineering._arrays import FLOAT_DTYPES, dtype_name, framework_of
@@ -9,6 +10,7 @@ from canvas_engineering._optional import installed
 from canvas_engineering.plan import BlockSparsePlan
 
 
+@cache
 def availability() -> tuple[bool, str]:
     """Wherever torch or JAX is installed."""
     found = [name for name in ("torch", "jax") if installed(name)]

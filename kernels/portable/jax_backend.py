@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from canvas_engineering.kernels.portable.access import Access, Problems, lower
+from canvas_engineering.kernels.portable.access import Access, Read, lower
 from canvas_engineering.plan import BlockSparsePlan
 
 #: Scores that exist at once, in elements.
@@ -71,8 +71,13 @@ def attention(
     out = jnp.zeros(q_rows.shape, call.wide)
     lse = jnp.full(q_rows.shape[:-1], -jnp.inf, call.wide)
     for one in lowering.problems if q.size else ():
-        out_one, lse_one = _attend(q_rows, k_rows, v_rows, one, heads_q, call)
-        out = _put(out, _weighted(out_one, one, row_weight), one.rows)
+        q_one = _take(q_rows, one.rows)
+        total: Any = 0
+        for read in one.reads:
+            k_one, v_one = _take(k_rows, read.keys), _take(v_rows, read.keys)
+            out_one, lse_one = _attend(q_one, k_one, v_one, read, call)
+            total = total + _weighted(out_one, read, row_weight)
+        out = _put(out, total, one.rows)
         if return_lse:
             lse = _put(lse, lse_one, one.rows, replace=True)
     if lowering.q_order is not None:
@@ -120,7 +125,7 @@ def _put(x: Array, values: Array, access: Access, replace: bool = False) -> Arra
     return target.add(flat, mode="promise_in_bounds", unique_indices=unique)
 
 
-def _weighted(out: Array, one: Problems, row_weight: Array | None) -> Array:
+def _weighted(out: Array, one: Read, row_weight: Array | None) -> Array:
     """``(C, G, R, group, D)`` times the weights of its rows."""
     if row_weight is not None:
         weight: Any = row_weight.ravel()[one.batch.slots]
@@ -134,19 +139,17 @@ def _weighted(out: Array, one: Problems, row_weight: Array | None) -> Array:
 # -- one batch ----------------------------------------------------------------------------------------------
 
 
-def _attend(
-    q_rows: Array, k_rows: Array, v_rows: Array, one: Problems, heads_q: int, call: _Call
-) -> tuple[Array, Array]:
-    """Output ``(C, G, R, group, D)`` and log-sum-exp ``(C, G, R, group)`` of one batch, in pieces."""
+def _attend(q: Array, k: Array, v: Array, one: Read, call: _Call) -> tuple[Array, Array]:
+    """Output and log-sum-exp of ``q (C, G, R, group, D)`` over ``k``, ``v (C, G, K, D)``, in pieces."""
     count, num_rows, num_keys = one.batch.shape
-    lanes = q_rows.shape[0] * call.group
+    lanes = q.shape[0] * call.group
     masks, mask_index = one.batch.masks, one.batch.mask_index
     # As many rows of one problem, or as many whole problems, as the scores allow.
     rows = max(1, min(num_rows, SCORES // (lanes * num_keys)))
     blocks = -(-num_rows // rows)
     rows = -(-num_rows // blocks)
     together = max(1, SCORES // (lanes * num_rows * num_keys)) if blocks == 1 else 1
-    head = np.arange(q_rows.shape[0] * call.group, dtype=np.uint32).reshape(-1, call.group)
+    head = np.arange(lanes, dtype=np.uint32).reshape(-1, call.group)
 
     def piece(problem: dict[str, Any]) -> tuple[Array, Array]:
         """One problem: ``q (C, R, group, D)``, ``k``, ``v (C, K, D)``."""
@@ -157,9 +160,8 @@ def _attend(
                 allowed = lax.dynamic_slice_in_dim(allowed, problem["block"] * rows, rows)
         return _problem(problem, allowed, head, call)
 
-    operands: dict[str, Any] = {"k": _take(k_rows, one.keys), "v": _take(v_rows, one.keys)}
-    operands = {name: x.swapaxes(0, 1) for name, x in operands.items()}  # problems first
-    q_all = _take(q_rows, one.rows).swapaxes(0, 1)
+    operands: dict[str, Any] = {"k": k.swapaxes(0, 1), "v": v.swapaxes(0, 1)}  # problems first
+    q_all = q.swapaxes(0, 1)
     if masks is not None and mask_index is not None:
         operands["mask"] = jnp.asarray(mask_index)
     if call.dropout_p > 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canvas_engineering.kernels.portable import torch_math
-from canvas_engineering.kernels.portable.access import Access, Lowering, lower
+from canvas_engineering.kernels.portable.access import Access, Lowering, Read, lower
 from canvas_engineering.kernels.portable.torch_math import Dropout, Scoring
 from canvas_engineering.plan import BlockSparsePlan
 
@@ -37,13 +37,13 @@ class _Places:
     run: tuple[int, int] | None
     assign: bool
 
-    def part(self, problems: slice, rows: slice) -> _Places:
+    def part(self, problems: slice, rows: slice = slice(None)) -> _Places:
         index = self.index[problems, rows]
         if index.shape == self.index.shape:
             return self
         run = None
         if self.run is not None and index.shape[1] == self.index.shape[1]:
-            run = (self.run[0] + problems.start * self.run[1], self.run[1])
+            run = (self.run[0] + (problems.start or 0) * self.run[1], self.run[1])
         return _Places(index, run, self.assign)
 
     def picked(self, problems: Tensor) -> _Places:
@@ -78,10 +78,9 @@ class _Places:
 
 
 @dataclass(frozen=True)
-class _Problems:
-    """One batch on a device."""
+class _Read:
+    """A :class:`Read` on a device."""
 
-    rows: _Places
     keys: _Places
     slots: Tensor  # (G, R) int64
     weight: Tensor | None  # (G, R) the plan's weights, None where all are 1
@@ -90,11 +89,12 @@ class _Problems:
     row_token: Tensor  # (G, R) int32, for dropout
     key_token: Tensor  # (G, K) int32
 
-    def part(self, problems: slice, rows: slice) -> _Problems:
-        """A slice of the problems, and of the rows of each."""
-        return _Problems(
-            self.rows.part(problems, rows),
-            self.keys.part(problems, slice(None)),
+    def part(self, problems: slice, rows: slice) -> _Read:
+        # Other rows of the same problems read the same keys.
+        whole = self.slots[problems, rows].shape[1] == self.slots.shape[1]
+        keys = self.keys.part(problems)
+        return _Read(
+            keys if whole else replace(keys, assign=False),
             self.slots[problems, rows],
             None if self.weight is None else self.weight[problems, rows],
             None if self.mask_index is None else self.mask_index[problems],
@@ -103,10 +103,8 @@ class _Problems:
             self.key_token[problems],
         )
 
-    def picked(self, problems: Tensor) -> _Problems:
-        """The problems of the given numbers."""
-        return _Problems(
-            self.rows.picked(problems),
+    def picked(self, problems: Tensor) -> _Read:
+        return _Read(
             self.keys.picked(problems),
             self.slots[problems],
             None if self.weight is None else self.weight[problems],
@@ -116,14 +114,54 @@ class _Problems:
             self.key_token[problems],
         )
 
+    def weights(self, row_weight: Tensor | None, group: int) -> Tensor | None:
+        """``(G, R * group, 1)`` weights, or None where all are 1."""
+        weight = self.weight if row_weight is None else row_weight.flatten()[self.slots]
+        if weight is None:
+            return None
+        return (weight.repeat_interleave(group, dim=1) if group > 1 else weight)[..., None]
+
     def allowed(self, group: int) -> Tensor | None:
         """``(G, R * group, K)`` bool: the mask of every problem, each row once per query head of its kv head."""
         if self.masks is None or self.mask_index is None:
             return None
-        mask = self.masks if self.masks.shape[0] == 1 else self.masks[self.mask_index]
         if self.masks.shape[0] == 1:
-            mask = mask.expand(self.mask_index.shape[0], -1, -1)
+            mask = self.masks.expand(self.mask_index.shape[0], -1, -1)
+        else:
+            mask = self.masks[self.mask_index]
         return mask.repeat_interleave(group, dim=1) if group > 1 else mask
+
+    def bias(self, dtype: torch.dtype, group: int) -> Tensor | None:
+        """``(1, G, R * group, K)``: 0 where allowed, ``-inf`` elsewhere."""
+        allowed = self.allowed(group)
+        if allowed is None:
+            return None
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[None]
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """A :class:`Problems` on a device."""
+
+    rows: _Places
+    reads: tuple[_Read, ...]
+
+    def part(self, problems: slice, rows: slice) -> _Problems:
+        """A slice of the problems, and of the rows of each."""
+        return _Problems(self.rows.part(problems, rows), tuple(read.part(problems, rows) for read in self.reads))
+
+    def alive(self, row_weight: Tensor) -> _Problems | None:
+        """Those problems and reads that have a weight other than 0; None if there are none."""
+        weights = row_weight.flatten()
+        alive = [(weights[read.slots] != 0).any(dim=1) for read in self.reads]
+        problems = torch.stack(alive).any(dim=0)
+        reads = tuple(read for read, one in zip(self.reads, alive, strict=True) if bool(one.any()))
+        if not reads:
+            return None
+        if bool(problems.all()):
+            return _Problems(self.rows, reads)
+        chosen = problems.nonzero().flatten()
+        return _Problems(self.rows.picked(chosen), tuple(read.picked(chosen) for read in reads))
 
 
 @dataclass(frozen=True)
@@ -149,19 +187,19 @@ def _to_device(lowering: Lowering, device: torch.device) -> _DevicePlan:
         forward = tensor(array, torch.int64)
         return forward, torch.argsort(forward)
 
-    problems = tuple(
-        _Problems(
-            places(one.rows),
+    def read(one: Read) -> _Read:
+        batch = one.batch
+        return _Read(
             places(one.keys),
-            tensor(one.batch.slots, torch.int64),
+            tensor(batch.slots, torch.int64),
             None if one.weight is None else tensor(one.weight, torch.float32),
-            None if one.batch.mask_index is None else tensor(one.batch.mask_index, torch.int64),
-            None if one.batch.masks is None else tensor(one.batch.masks, torch.bool),
-            tensor(one.batch.rows, torch.int32),
-            tensor(one.batch.keys, torch.int32),
+            None if batch.mask_index is None else tensor(batch.mask_index, torch.int64),
+            None if batch.masks is None else tensor(batch.masks, torch.bool),
+            tensor(batch.rows, torch.int32),
+            tensor(batch.keys, torch.int32),
         )
-        for one in lowering.problems
-    )
+
+    problems = tuple(_Problems(places(one.rows), tuple(map(read, one.reads))) for one in lowering.problems)
     q_order, q_place = order(lowering.q_order)
     kv_order, kv_place = order(lowering.kv_order)
     return _DevicePlan(problems, q_order, kv_order, q_place, kv_place, lowering.assigns_all_rows)
@@ -191,21 +229,21 @@ class _Call:
         half = dtype in (torch.float16, torch.bfloat16)
         return not self.sigmoid and self.dropout_p == 0 and not (self.return_lse and half)
 
-    def scoring(self, problems: _Problems, batch: int) -> Scoring:
+    def scoring(self, read: _Read, batch: int) -> Scoring:
         dropout = None
         if self.dropout_p > 0:
-            device = problems.row_token.device
+            device = read.row_token.device
             head = torch.arange(batch * self.heads_kv * self.group, dtype=torch.int32, device=device)
             # (C, group) query heads of each kv head; a problem's rows are (row, query head) pairs.
             head = head.reshape(batch * self.heads_kv, 1, self.group, 1)
             dropout = Dropout(
                 self.dropout_p,
                 self.seed,
-                head.repeat(1, 1, problems.row_token.shape[1], 1) if self.group > 1 else head,
-                problems.row_token.repeat_interleave(self.group, dim=1),
-                problems.key_token,
+                head.repeat(1, 1, read.row_token.shape[1], 1) if self.group > 1 else head,
+                read.row_token.repeat_interleave(self.group, dim=1),
+                read.key_token,
             )
-        return Scoring(self.scale, self.sigmoid, problems.allowed(self.group), dropout)
+        return Scoring(self.scale, self.sigmoid, read.allowed(self.group), dropout)
 
 
 def attention(
@@ -271,16 +309,15 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def _pieces(problems: _Problems, call: _Call, q: Tensor, k: Tensor) -> Iterator[_Problems]:
-    """Parts of a batch whose gathered operands and mask fit ``GATHER_BYTES``."""
+    """Parts of a batch whose gathered operands and masks fit ``GATHER_BYTES``."""
     count, rows = problems.rows.index.shape
-    keys = problems.keys.index.shape[1]
     heads, item = k.shape[0] * k.shape[1], q.element_size()
-    operands = 0
-    if problems.rows.run is None:
-        operands += 2 * heads * rows * q.shape[3] * item
-    if problems.keys.run is None:
-        operands += 2 * heads * keys * k.shape[3] * item
-    per_row = 0 if problems.masks is None else call.group * keys * max(item, 4)
+    operands = 0 if problems.rows.run is not None else 2 * heads * rows * q.shape[3] * item
+    per_row = 0
+    for read in problems.reads:
+        keys = read.keys.index.shape[1]
+        operands = max(operands, 0 if read.keys.run is not None else 2 * heads * keys * k.shape[3] * item)
+        per_row = max(per_row, 0 if read.masks is None else call.group * keys * max(item, 4))
     together = max(1, GATHER_BYTES // max(operands + rows * per_row, 1))
     height = rows if rows * per_row <= GATHER_BYTES else max(1, GATHER_BYTES // per_row)
     if together >= count and height >= rows:
@@ -288,50 +325,7 @@ def _pieces(problems: _Problems, call: _Call, q: Tensor, k: Tensor) -> Iterator[
         return
     for g in range(0, count, together):
         for r in range(0, rows, height):
-            part = problems.part(slice(g, min(g + together, count)), slice(r, min(r + height, rows)))
-            # Parts of the same rows (or keys) are disjoint, but keys are met again by every part of the rows.
-            yield part if height >= rows else _adding_keys(part)
-
-
-def _adding_keys(problems: _Problems) -> _Problems:
-    keys = _Places(problems.keys.index, problems.keys.run, assign=False)
-    return _Problems(
-        problems.rows,
-        keys,
-        problems.slots,
-        problems.weight,
-        problems.mask_index,
-        problems.masks,
-        problems.row_token,
-        problems.key_token,
-    )
-
-
-def _weight(problems: _Problems, row_weight: Tensor | None, group: int) -> Tensor | None:
-    """``(G, R * group, 1)`` weights of a batch, or None where all are 1."""
-    weight = problems.weight if row_weight is None else row_weight.flatten()[problems.slots]
-    if weight is None:
-        return None
-    return (weight.repeat_interleave(group, dim=1) if group > 1 else weight)[..., None]
-
-
-def _alive(problems: _Problems, row_weight: Tensor | None) -> _Problems | None:
-    """The problems that have a weight other than 0; None if there are none."""
-    if row_weight is None:
-        return problems
-    alive = (row_weight.flatten()[problems.slots] != 0).any(dim=1)
-    if bool(alive.all()):
-        return problems
-    return problems.picked(alive.nonzero().flatten()) if bool(alive.any()) else None
-
-
-def _mask_bias(problems: _Problems, q: Tensor, group: int) -> Tensor | None:
-    """``(1, G, R * group, K)`` in q's dtype: 0 where allowed, ``-inf`` elsewhere."""
-    allowed = problems.allowed(group)
-    if allowed is None:
-        return None
-    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
-    return bias.masked_fill_(~allowed, -torch.inf)[None]
+            yield problems.part(slice(g, min(g + together, count)), slice(r, min(r + height, rows)))
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -362,25 +356,29 @@ class _Attention(torch.autograd.Function):
             lse = torch.full((*q.shape[:3], group), -torch.inf, dtype=wide, device=q.device)
         saved = []
         q_run, k_run, v_run = _ordered(q, k, v, plan)
+        skippable = row_weight is not None and not ctx.needs_input_grad[3] and lse is None
         for batch in plan.problems if q.numel() else ():
-            skippable = row_weight is not None and not ctx.needs_input_grad[3] and lse is None
-            alive = _alive(batch, row_weight) if skippable else batch
-            if alive is None:
-                continue
-            for one in _pieces(alive, call, q, k):
-                q_one, k_one, v_one = one.rows.take(q_run, group), one.keys.take(k_run), one.keys.take(v_run)
-                if use_flash:
-                    bias = _mask_bias(one, q, group)
-                    out_one, lse_one = _flash(q_one, k_one, v_one, 0.0, False, attn_mask=bias, scale=call.scale)
-                else:
-                    out_one, lse_one = torch_math.forward(q_one, k_one, v_one, call.scoring(one, q.shape[0]))
-                weight = _weight(one, row_weight, group)
-                one.rows.put(out, out_one if weight is None else out_one * weight)
+            alive = batch.alive(row_weight) if skippable and row_weight is not None else batch
+            for one in () if alive is None else _pieces(alive, call, q, k):
+                q_one = one.rows.take(q_run, group)
+                total: Tensor | None = None
+                for read in one.reads:
+                    k_one, v_one = read.keys.take(k_run), read.keys.take(v_run)
+                    if use_flash:
+                        out_one, lse_one = _flash(
+                            q_one, k_one, v_one, 0.0, False, attn_mask=read.bias(q.dtype, group), scale=call.scale
+                        )
+                    else:
+                        out_one, lse_one = torch_math.forward(q_one, k_one, v_one, call.scoring(read, q.shape[0]))
+                    total = _add_weighted(total, out_one, read.weights(row_weight, group), len(one.reads) > 1)
+                    if training:
+                        saved += [out_one, lse_one]
+                if total is not None:
+                    one.rows.put(out, total)
                 if lse is not None:
                     one.rows.put(lse, lse_one)
                 if training:
                     ctx.pieces.append(one)
-                    saved += [out_one, lse_one]
         if plan.q_place is not None:
             out = out.index_select(2, plan.q_place)
             lse = None if lse is None else lse.index_select(2, plan.q_place)
@@ -406,45 +404,59 @@ class _Attention(torch.autograd.Function):
             if row_weight is not None and ctx.needs_input_grad[3]:
                 wide = torch.float64 if row_weight.dtype == torch.float64 else torch.float32
                 dweight = torch.zeros(row_weight.numel(), dtype=wide, device=q.device)
-            for number, one in enumerate(ctx.pieces):
-                out_one, lse_one = saved[2 * number : 2 * number + 2]
-                q_one, k_one, v_one = one.rows.take(q_run, group), one.keys.take(k_run), one.keys.take(v_run)
-                grad_one = one.rows.take(grad, group)
-                if dweight is not None:
-                    products = (grad_one.to(dweight.dtype) * out_one.to(dweight.dtype)).sum((0, 3))
-                    dweight[one.slots.flatten()] = products.unflatten(1, (-1, group)).sum(2).flatten()
-                weight = _weight(one, row_weight, group)
-                if weight is not None:
-                    grad_one = (grad_one * weight).to(q.dtype)
-                if use_flash:
-                    grads = _flash_backward(
-                        grad_one,
-                        q_one,
-                        k_one,
-                        v_one,
-                        out_one,
-                        lse_one,
-                        0.0,
-                        False,
-                        attn_mask=_mask_bias(one, q, group),
-                        scale=call.scale,
-                    )
-                else:
-                    dlse = None
-                    if grad_lse is not None:
-                        dlse = one.rows.take(grad_lse, group)[..., 0]
-                    grads = torch_math.backward(
-                        grad_one, dlse, q_one, k_one, v_one, out_one, lse_one, call.scoring(one, q.shape[0])
-                    )
-                one.rows.put(dq, grads[0])
-                one.keys.put(dk, grads[1])
-                one.keys.put(dv, grads[2])
+            results = iter(saved)
+            for one in ctx.pieces:
+                q_one, grad_rows = one.rows.take(q_run, group), one.rows.take(grad, group)
+                lse_rows = None if grad_lse is None else one.rows.take(grad_lse, group)[..., 0]
+                dq_one = None
+                for read in one.reads:
+                    out_one, lse_one = next(results), next(results)
+                    k_one, v_one = read.keys.take(k_run), read.keys.take(v_run)
+                    if dweight is not None:
+                        products = (grad_rows.to(dweight.dtype) * out_one.to(dweight.dtype)).sum((0, 3))
+                        dweight[read.slots.flatten()] = products.unflatten(1, (-1, group)).sum(2).flatten()
+                    weight = read.weights(row_weight, group)
+                    grad_one = grad_rows if weight is None else (grad_rows * weight).to(q.dtype)
+                    if use_flash:
+                        bias = read.bias(q.dtype, group)
+                        dq_read, dk_one, dv_one = _flash_backward(
+                            grad_one,
+                            q_one,
+                            k_one,
+                            v_one,
+                            out_one,
+                            lse_one,
+                            0.0,
+                            False,
+                            attn_mask=bias,
+                            scale=call.scale,
+                        )
+                    else:
+                        scoring = call.scoring(read, q.shape[0])
+                        dq_read, dk_one, dv_one = torch_math.backward(
+                            grad_one, lse_rows, q_one, k_one, v_one, out_one, lse_one, scoring
+                        )
+                    read.keys.put(dk, dk_one)
+                    read.keys.put(dv, dv_one)
+                    dq_one = dq_read.to(dq.dtype) if dq_one is None else dq_one.add_(dq_read)
+                one.rows.put(dq, dq_one)
             if plan.q_place is not None and plan.kv_place is not None:
                 dq = dq.index_select(2, plan.q_place)
                 dk, dv = dk.index_select(2, plan.kv_place), dv.index_select(2, plan.kv_place)
             if dweight is not None:
                 dweight = dweight.to(row_weight.dtype).reshape(row_weight.shape)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dweight, None
+
+
+def _add_weighted(total: Tensor | None, out: Tensor, weight: Tensor | None, several: bool) -> Tensor:
+    """``total + weight * out``; sums of several half-precision outputs are kept in float32."""
+    if total is None:
+        if several and out.dtype in (torch.float16, torch.bfloat16):
+            out = out.float()
+        if weight is not None:
+            return out * weight
+        return out.clone() if several else out
+    return total.add_(out) if weight is None else total.addcmul_(out.to(total.dtype), weight.to(total.dtype))
 
 
 def _ordered(q: Tensor, k: Tensor, v: Tensor, plan: _DevicePlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -468,17 +480,20 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: 
     for batch in plan.problems if q.numel() else ():
         for one in _pieces(batch, call, q, k):
             rows = one.rows.index if plan.q_order is None else plan.q_order[one.rows.index]
-            keys = one.keys.index if plan.kv_order is None else plan.kv_order[one.keys.index]
-            rows_at, keys_at = _Places(rows, None, False), _Places(keys, None, False)
-            allowed = one.allowed(group)
-            out_one = F.scaled_dot_product_attention(
-                rows_at.take(q, group),
-                keys_at.take(k),
-                keys_at.take(v),
-                attn_mask=None if allowed is None else allowed[None],
-                scale=call.scale,
-            )
-            weight = _weight(one, row_weight, group)
-            values = (out_one if weight is None else out_one * weight).to(wide)
-            out = out.index_add(2, rows.flatten(), values.reshape(*q.shape[:2], -1, q.shape[3]))
+            rows_at = _Places(rows, None, False)
+            q_one = rows_at.take(q, group)
+            for read in one.reads:
+                keys = read.keys.index if plan.kv_order is None else plan.kv_order[read.keys.index]
+                keys_at = _Places(keys, None, False)
+                allowed = read.allowed(group)
+                out_one = F.scaled_dot_product_attention(
+                    q_one,
+                    keys_at.take(k),
+                    keys_at.take(v),
+                    attn_mask=None if allowed is None else allowed[None],
+                    scale=call.scale,
+                )
+                weight = read.weights(row_weight, group)
+                values = (out_one if weight is None else out_one * weight).to(wide)
+                out = out.index_add(2, rows.flatten(), values.reshape(*q.shape[:2], -1, q.shape[3]))
     return out.to(q.dtype)
