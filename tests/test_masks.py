@@ -183,11 +183,11 @@ def test_window_around_tiles() -> None:
 
 def test_video_canvas_is_cheap() -> None:
     layout = CanvasLayout(T=30, H=48, W=80, d_model=8, regions={"video": (0, 30, 0, 48, 0, 80)})
-    start = time.perf_counter()
+    start = time.process_time()
     lo, hi = window_bounds(MaskSpec("window", window_shape=(18, 24, 24)), layout, "video", "video")
     assert lo.shape == (115200, 3)
     assert ((hi - lo) == (18, 24, 24)).all()
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_value_equality_and_hash() -> None:

@@ -67,6 +67,8 @@ def test_wheel_has_one_top_level_name_and_every_module_once(wheel: Path) -> None
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert "canvas_engineering/py.typed" in names
+    tables = {f"canvas_engineering/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.json")}
+    assert {name for name in names if name.endswith(".json")} == tables
 
 
 def test_every_folder_with_modules_is_a_package() -> None:

@@ -134,6 +134,4 @@ def _create_user_function(
     dropout: float,
     **options: Any,
 ) -> AttentionFunction:
-    return _UserFunction(
-        d_model, n_heads, dropout, init_function=init, apply_function=apply, options=options
-    )
+    return _UserFunction(d_model, n_heads, dropout, init_function=init, apply_function=apply, options=options)

@@ -52,9 +52,7 @@ class ResidualAccumulator:
         count = len(self.region_names)
         return ResidualState(jnp.zeros((count, len(self.spec.kinds)), jnp.float32), jnp.zeros(count, jnp.int32))
 
-    def update(
-        self, state: ResidualState, region: str, error: Array, active: Array | bool = True
-    ) -> ResidualState:
+    def update(self, state: ResidualState, region: str, error: Array, active: Array | bool = True) -> ResidualState:
         """The state after an error array of any shape; no gradient flows into it.
 
         Args:

@@ -156,7 +156,11 @@ def build_schedule(
         order = shared_order(everything, layout.num_positions, (layout.T, *layout.spatial_shape))
         place = np.empty(order.size, np.int64)
         place[order] = np.arange(order.size)
-        plan_calls = [_plan_call(fn, expert, mine, order, place, block_q, block_kv) for fn, expert, mine in pieces]
+        plan_calls = [
+            # Rows without keys still get the output projection's bias, so the rows are those of the whole groups.
+            _plan_call(fn, expert, mine, _used(by_function[fn], "rows", place), order, place, block_q, block_kv)
+            for fn, expert, mine in pieces
+        ]
     return Schedule(
         layout.num_positions, list(edges), groups, planned, order, plan_calls, _direct_calls(direct, list(edges))
     )
@@ -214,13 +218,17 @@ def _plan_call(
     fn: str,
     expert: int | None,
     groups: list[Group],
+    rows: Tokens | None,
     order: Tokens,
     place: Tokens,
     block_q: BlockSize,
     block_kv: BlockSize,
 ) -> PlanCall:
-    """Compile the groups of one kernel call on the tokens it uses, numbered in the shared order."""
-    rows, cols = _used(groups, "rows", place), _used(groups, "cols", place)
+    """Compile the groups of one kernel call on the tokens it uses, numbered in the shared order.
+
+    ``rows``: places in plan order of the rows it gives, None for all.
+    """
+    cols = _used(groups, "cols", place)
 
     def renumbering(used: Tokens | None) -> tuple[Tokens, int]:
         if used is None:

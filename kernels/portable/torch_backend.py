@@ -24,6 +24,8 @@ from canvas_engineering.plan import BlockSparsePlan
 
 #: Bytes of gathered operands and masks that exist at once.
 GATHER_BYTES = 64 << 20
+#: Keys that torch's CPU operator handles at once (float32, AVX-512).
+VECTOR = 16
 
 
 # -- the plan on a device -----------------------------------------------------------------------------------
@@ -48,6 +50,11 @@ class _Places:
 
     def picked(self, problems: Tensor) -> _Places:
         return _Places(self.index[problems], None, self.assign)
+
+    def widened(self, count: int) -> _Places:
+        """The same with ``count`` more places for each problem, which nobody looks at."""
+        extra = self.index[:, :1].expand(-1, count)
+        return _Places(torch.cat([self.index, extra], dim=1), None, False)
 
     def take(self, x: Tensor, fold: int = 1) -> Tensor:
         """``(B, H, N, fold * D)`` to ``(B * H, G, L * fold, D)``, without a copy where the layout allows."""
@@ -88,6 +95,7 @@ class _Read:
     masks: Tensor | None  # (U, R, K) bool
     row_token: Tensor  # (G, R) int32, for dropout
     key_token: Tensor  # (G, K) int32
+    padded: _Places | None  # keys at a width that torch's CPU operator prefers
 
     def part(self, problems: slice, rows: slice) -> _Read:
         # Other rows of the same problems read the same keys.
@@ -101,6 +109,7 @@ class _Read:
             None if self.masks is None else self.masks[:, rows],
             self.row_token[problems, rows],
             self.key_token[problems],
+            None if self.padded is None else self.padded.part(problems),
         )
 
     def picked(self, problems: Tensor) -> _Read:
@@ -112,6 +121,7 @@ class _Read:
             self.masks,
             self.row_token[problems],
             self.key_token[problems],
+            None if self.padded is None else self.padded.picked(problems),
         )
 
     def weights(self, row_weight: Tensor | None, group: int) -> Tensor | None:
@@ -132,7 +142,11 @@ class _Read:
         return mask.repeat_interleave(group, dim=1) if group > 1 else mask
 
     def bias(self, dtype: torch.dtype, group: int) -> Tensor | None:
-        """``(1, G, R * group, K)``: 0 where allowed, ``-inf`` elsewhere."""
+        """``(1, G, R * group, K)``, or one row of it for all: 0 where allowed, ``-inf`` elsewhere."""
+        if self.padded is not None:
+            bias = torch.zeros((1, 1, 1, self.padded.index.shape[1]), dtype=dtype, device=self.slots.device)
+            bias[..., self.keys.index.shape[1] :] = -torch.inf
+            return bias
         allowed = self.allowed(group)
         if allowed is None:
             return None
@@ -174,7 +188,7 @@ class _DevicePlan:
     assigns_all_rows: bool
 
 
-def _to_device(lowering: Lowering, device: torch.device) -> _DevicePlan:
+def _to_device(plan: BlockSparsePlan, lowering: Lowering, device: torch.device) -> _DevicePlan:
     def tensor(array: Any, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(array).to(device=device, dtype=dtype)
 
@@ -189,20 +203,36 @@ def _to_device(lowering: Lowering, device: torch.device) -> _DevicePlan:
 
     def read(one: Read) -> _Read:
         batch = one.batch
+        keys = places(one.keys)
+        missing = -keys.index.shape[1] % VECTOR
+        # torch's CPU operator takes the last keys one by one where they do not fill a vector.
+        pad = device.type == "cpu" and batch.masks is None and 0 < missing <= VECTOR // 2
         return _Read(
-            places(one.keys),
+            keys,
             tensor(batch.slots, torch.int64),
             None if one.weight is None else tensor(one.weight, torch.float32),
             None if batch.mask_index is None else tensor(batch.mask_index, torch.int64),
             None if batch.masks is None else tensor(batch.masks, torch.bool),
             tensor(batch.rows, torch.int32),
             tensor(batch.keys, torch.int32),
+            _padded(keys, missing, plan.num_kv) if pad else None,
         )
 
     problems = tuple(_Problems(places(one.rows), tuple(map(read, one.reads))) for one in lowering.problems)
     q_order, q_place = order(lowering.q_order)
     kv_order, kv_place = order(lowering.kv_order)
     return _DevicePlan(problems, q_order, kv_order, q_place, kv_place, lowering.assigns_all_rows)
+
+
+def _padded(keys: _Places, missing: int, num_kv: int) -> _Places:
+    """Keys with ``missing`` more per problem: the neighbours in a slice where there are some, else repeated ones."""
+    padded = keys.widened(missing)
+    if keys.run is None:
+        return padded
+    start, step = keys.run
+    count, length = padded.index.shape
+    fits = start + (count - 1) * step + length <= num_kv and (step >= length or count == 1)
+    return replace(padded, run=(start, max(step, length))) if fits else padded
 
 
 # -- the call -----------------------------------------------------------------------------------------------
@@ -261,7 +291,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output in q's dtype, or output and log-sum-exp; differentiable once."""
     device = q.device
-    lowered = plan.lowered(("portable", "torch", str(device)), lambda p: _to_device(lower(p), device))
+    lowered = plan.lowered(("portable", "torch", str(device)), lambda p: _to_device(p, lower(p), device))
     heads_kv = k.shape[1]
     call = _Call(
         plan=lowered,
@@ -363,7 +393,8 @@ class _Attention(torch.autograd.Function):
                 q_one = one.rows.take(q_run, group)
                 total: Tensor | None = None
                 for read in one.reads:
-                    k_one, v_one = read.keys.take(k_run), read.keys.take(v_run)
+                    keys = read.padded if use_flash and read.padded is not None else read.keys
+                    k_one, v_one = keys.take(k_run), keys.take(v_run)
                     if use_flash:
                         out_one, lse_one = _flash(
                             q_one, k_one, v_one, 0.0, False, attn_mask=read.bias(q.dtype, group), scale=call.scale
@@ -411,7 +442,8 @@ class _Attention(torch.autograd.Function):
                 dq_one = None
                 for read in one.reads:
                     out_one, lse_one = next(results), next(results)
-                    k_one, v_one = read.keys.take(k_run), read.keys.take(v_run)
+                    keys = read.padded if use_flash and read.padded is not None else read.keys
+                    k_one, v_one = keys.take(k_run), keys.take(v_run)
                     if dweight is not None:
                         products = (grad_rows.to(dweight.dtype) * out_one.to(dweight.dtype)).sum((0, 3))
                         dweight[read.slots.flatten()] = products.unflatten(1, (-1, group)).sum(2).flatten()
@@ -436,8 +468,8 @@ class _Attention(torch.autograd.Function):
                         dq_read, dk_one, dv_one = torch_math.backward(
                             grad_one, lse_rows, q_one, k_one, v_one, out_one, lse_one, scoring
                         )
-                    read.keys.put(dk, dk_one)
-                    read.keys.put(dv, dv_one)
+                    read.keys.put(dk, dk_one[:, :, : read.keys.index.shape[1]])
+                    read.keys.put(dv, dv_one[:, :, : read.keys.index.shape[1]])
                     dq_one = dq_read.to(dq.dtype) if dq_one is None else dq_one.add_(dq_read)
                 one.rows.put(dq, dq_one)
             if plan.q_place is not None and plan.kv_place is not None:

@@ -181,6 +181,7 @@ def backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_N_MASKED: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -190,8 +191,6 @@ def backward_q_kernel(
 ):
     """``dq = scale * sum_s ds_s k`` for one block of rows of one head."""
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
-    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV
     program = tl.program_id(0)
     batch_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -242,30 +241,41 @@ def backward_q_kernel(
                 else:
                     entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
                     entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-                for step in range(tl.load(entry_ptr) * N_BLOCKS, tl.load(entry_ptr + 1) * N_BLOCKS):
-                    entry = step // N_BLOCKS
-                    n_start = (step % N_BLOCKS) * BLOCK_N
-                    o_n = n_start + tl.arange(0, BLOCK_N)
-                    kv_position = tl.load(entry_position + entry)
+                N: tl.constexpr = BLOCK_N_MASKED if MASKED else BLOCK_N
+                N_BLOCKS: tl.constexpr = (BLOCK_KV + N - 1) // N
+                KEYS_PADDED: tl.constexpr = N_BLOCKS * N != BLOCK_KV  # blocks reach beyond the tile
+                begin = tl.load(entry_ptr)
+                end = tl.load(entry_ptr + 1)
+                # Loaded one step ahead, so that the loads of k and v can be pipelined (past the end: unused).
+                next_position = tl.load(entry_position + begin)
+                if MASKED:
+                    next_count = tl.load(entry_count + begin)
+                    next_mask = tl.load(entry_mask + begin)
+                for step in range(begin * N_BLOCKS, end * N_BLOCKS):
+                    n_start = (step % N_BLOCKS) * N
+                    next_entry = (step + 1) // N_BLOCKS
+                    o_n = n_start + tl.arange(0, N)
                     m_n = o_n < BLOCK_KV
+                    kv_position = next_position
+                    next_position = tl.load(entry_position + next_entry)
                     if MASKED:
-                        m_n = o_n < tl.load(entry_count + entry)
+                        m_n = o_n < next_count
+                        mask_id = next_mask
+                        next_count = tl.load(entry_count + next_entry)
+                        next_mask = tl.load(entry_mask + next_entry)
                     p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
                     p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
-                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
+                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, N]
+                    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, N]
                     b_s = b_s * scale_log2
-                    if MASKED or KEYS_PADDED:
-                        allowed = m_n[None, :]
-                        if MASKED:
-                            mask_id = tl.load(entry_mask + entry)
-                            allowed = allowed & tile_mask(
-                                p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
-                            )
-                        # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
+                    # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
+                    if MASKED:
+                        allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, N, False)
                         b_s = tl.where(allowed, b_s, float("-inf"))
+                    if KEYS_PADDED:
+                        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
                     if SIGMOID:
                         b_p = sigmoid2(b_s)
                     else:
@@ -330,6 +340,7 @@ def backward_kv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_M_MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
@@ -342,9 +353,7 @@ def backward_kv_kernel(
     The query heads of the group are added in the program, in order, so grouped heads need no atomics either.
     Scores are computed transposed, ``[keys, rows]``, so that ``p`` and ``ds`` are left operands from registers.
     """
-    M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    ROWS_PADDED: tl.constexpr = M_BLOCKS * BLOCK_M != BLOCK_Q
     program = tl.program_id(0)
     batch_kv_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -387,28 +396,42 @@ def backward_kv_kernel(
                 entry_end = p_columns + tl.load(p_columns + COLUMNS_FULL_END) + tile
                 entry_position = p_columns + tl.load(p_columns + COLUMNS_FULL_POSITION)
                 entry_set = p_columns + tl.load(p_columns + COLUMNS_FULL_SET)
-            for step in range(tl.load(entry_begin) * M_BLOCKS, tl.load(entry_end) * M_BLOCKS):
-                entry = step // M_BLOCKS
-                o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-                q_position = tl.load(entry_position + entry)
-                s = tl.load(entry_set + entry).to(tl.int64)
+            M: tl.constexpr = BLOCK_M_MASKED if MASKED else BLOCK_M
+            M_BLOCKS: tl.constexpr = (BLOCK_Q + M - 1) // M
+            ROWS_PADDED: tl.constexpr = M_BLOCKS * M != BLOCK_Q
+            begin = tl.load(entry_begin)
+            end = tl.load(entry_end)
+            next_position = tl.load(entry_position + begin)
+            next_set = tl.load(entry_set + begin)
+            if MASKED:
+                next_count = tl.load(entry_count + begin)
+                next_mask = tl.load(entry_mask + begin)
+            for step in range(begin * M_BLOCKS, end * M_BLOCKS):
+                next_entry = (step + 1) // M_BLOCKS
+                o_m = (step % M_BLOCKS) * M + tl.arange(0, M)
                 m_m = o_m < BLOCK_Q
+                q_position = next_position
+                s = next_set.to(tl.int64)
+                next_position = tl.load(entry_position + next_entry)
+                next_set = tl.load(entry_set + next_entry)
                 if MASKED:
-                    m_m = o_m < tl.load(entry_count + entry)
+                    m_m = o_m < next_count
+                    mask_id = next_mask
+                    next_count = tl.load(entry_count + next_entry)
+                    next_mask = tl.load(entry_mask + next_entry)
                 p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
                 p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-                b_q = load_rows(p_q_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [BLOCK_M, D]
-                b_do = load_rows(p_do_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [BLOCK_M, D]
+                b_q = load_rows(p_q_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [M, D]
+                b_do = load_rows(p_do_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [M, D]
                 if DROPOUT or not MANY_SETS:
                     q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
                 b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
 
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, M]
                 b_s = b_s * scale_log2
                 if MASKED:
-                    mask_id = tl.load(entry_mask + entry)
                     allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
-                    b_s = tl.where(allowed & m_m[None, :], b_s, float("-inf"))
+                    b_s = tl.where(allowed, b_s, float("-inf"))
                 if SIGMOID:
                     b_p = sigmoid2(b_s)
                 else:
@@ -420,7 +443,7 @@ def backward_kv_kernel(
                     b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
                     b_p = tl.math.exp2(b_s - b_shift[None, :])
 
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, M]
                 b_pw = b_p * b_w[None, :]
                 if DROPOUT:
                     dropout_row = dropout_rows(p_seed, batch_head, q_tokens)

@@ -68,6 +68,7 @@ def forward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_N_MASKED: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -85,8 +86,6 @@ def forward_kernel(
     ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
-    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # the block is larger than the tile
     program = tl.program_id(0)
     batch_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -146,28 +145,39 @@ def forward_kernel(
                 else:
                     entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
                     entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-                for step in range(tl.load(entry_ptr) * N_BLOCKS, tl.load(entry_ptr + 1) * N_BLOCKS):
-                    entry = step // N_BLOCKS
-                    n_start = (step % N_BLOCKS) * BLOCK_N
-                    o_n = n_start + tl.arange(0, BLOCK_N)
-                    kv_position = tl.load(entry_position + entry)
+                N: tl.constexpr = BLOCK_N_MASKED if MASKED else BLOCK_N
+                N_BLOCKS: tl.constexpr = (BLOCK_KV + N - 1) // N
+                KEYS_PADDED: tl.constexpr = N_BLOCKS * N != BLOCK_KV  # blocks reach beyond the tile
+                begin = tl.load(entry_ptr)
+                end = tl.load(entry_ptr + 1)
+                # Loaded one step ahead, so that the loads of k and v can be pipelined (past the end: unused).
+                next_position = tl.load(entry_position + begin)
+                if MASKED:
+                    next_count = tl.load(entry_count + begin)
+                    next_mask = tl.load(entry_mask + begin)
+                for step in range(begin * N_BLOCKS, end * N_BLOCKS):
+                    n_start = (step % N_BLOCKS) * N
+                    next_entry = (step + 1) // N_BLOCKS
+                    o_n = n_start + tl.arange(0, N)
                     m_n = o_n < BLOCK_KV
+                    kv_position = next_position
+                    next_position = tl.load(entry_position + next_entry)
                     if MASKED:
-                        m_n = o_n < tl.load(entry_count + entry)
+                        m_n = o_n < next_count
+                        mask_id = next_mask
+                        next_count = tl.load(entry_count + next_entry)
+                        next_mask = tl.load(entry_mask + next_entry)
                     p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
                     p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, N]
 
-                    allowed = m_n[None, :]
-                    if MASKED:
-                        mask_id = tl.load(entry_mask + entry)
-                        allowed = allowed & tile_mask(
-                            p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
-                        )
                     b_s = b_s * scale_log2
-                    if MASKED or KEYS_PADDED:
+                    if MASKED:
+                        allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, N, False)
                         b_s = tl.where(allowed, b_s, float("-inf"))
+                    if KEYS_PADDED:
+                        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
                     if SIGMOID:
                         b_p = sigmoid2(b_s)
                     else:
@@ -185,7 +195,7 @@ def forward_kernel(
                         k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
                         keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
                         b_p = tl.where(keep, b_p, 0.0)
-                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [BLOCK_N, D]
+                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
                     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
 
             if SIGMOID:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from canvas_engineering.errors import PlanError
 from canvas_engineering.kernels.triton import layout
 from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.bits import pack_masks
 
 _INT32_MAX = 2**31 - 1
 _MAX_BLOCK = 256  # keys of the largest block
@@ -50,7 +51,8 @@ def _pack(fields: dict[int, NDArray[np.integer]], header: int) -> NDArray[np.int
         raise PlanError(
             f"the plan must have at most {_INT32_MAX} list elements to run on the triton backend, got {offsets[-1]}"
         )
-    return np.concatenate([offsets[:-1], *lists]).astype(np.int32)
+    # The kernels load one element past a list, ahead of the loop's end.
+    return np.concatenate([offsets[:-1], *lists, [0]]).astype(np.int32)
 
 
 def _positions(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -88,7 +90,7 @@ def pack_rows(plan: BlockSparsePlan) -> NDArray[np.int32]:
             layout.ROWS_PARTIAL_PTR.value: _pointers(~full, plan.entry_ptr),
             layout.ROWS_PARTIAL_POSITION.value: entry_position[~full],
             layout.ROWS_PARTIAL_COUNT.value: entry_count[~full],
-            layout.ROWS_PARTIAL_MASK.value: plan.entry_mask[~full],
+            layout.ROWS_PARTIAL_MASK.value: _entry_masks(plan)[~full],
         },
         layout.ROWS_FIELDS.value,
     )
@@ -117,19 +119,39 @@ def pack_columns(plan: BlockSparsePlan) -> NDArray[np.int32]:
             layout.COLUMNS_PARTIAL_POSITION.value: entry_position[~full],
             layout.COLUMNS_PARTIAL_SET.value: transpose.entry_set[~full],
             layout.COLUMNS_PARTIAL_COUNT.value: entry_count[~full],
-            layout.COLUMNS_PARTIAL_MASK.value: transpose.entry_mask[~full],
+            layout.COLUMNS_PARTIAL_MASK.value: _entry_masks(plan)[transpose.entry][~full],
         },
         layout.COLUMNS_FIELDS.value,
     )
 
 
+def _padding_pairs(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """For each entry the number of its (rows, keys) pair among the distinct ones, and these pairs."""
+    rows = plan.q_count.astype(np.int64)[plan.set_tile[plan.entry_set]]
+    keys = plan.kv_count.astype(np.int64)[plan.entry_kv]
+    pairs, number = np.unique(rows * (plan.block_kv + 1) + keys, return_inverse=True)
+    return number, pairs // (plan.block_kv + 1), pairs % (plan.block_kv + 1)
+
+
+def _entry_masks(plan: BlockSparsePlan) -> NDArray[np.int64]:
+    """The mask of each entry; full tiles get one that allows all but their padding (see :func:`mask_words`)."""
+    number, _, _ = _padding_pairs(plan)
+    return np.where(plan.entry_mask < 0, plan.num_masks + number, plan.entry_mask)
+
+
 def mask_words(plan: BlockSparsePlan) -> NDArray[np.int32]:
-    """The masks as ``(num_masks, block_q, ceil(block_kv / 32))`` int32 words, flat: key ``j`` of a row is bit
-    ``j % 32`` of its word ``j // 32``. A few more words follow, which the last block of a padded tile may read.
+    """Masks as ``(masks, block_q, ceil(block_kv / 32))`` int32 words, flat: key ``j`` of a row is bit ``j % 32`` of
+    its word ``j // 32``. First the plan's own, then one for every number of rows and keys that a tile has: a full
+    tile with padding is a partial one to the kernels. A few unused words end the array, because the last block of
+    a padded tile reads them.
     """
+    _, rows, keys = _padding_pairs(plan)
+    inside_rows = np.arange(plan.block_q) < rows[:, None]
+    inside_keys = np.arange(plan.block_kv) < keys[:, None]
+    masks = np.concatenate([plan.masks, pack_masks(inside_rows[:, :, None] & inside_keys[:, None, :])])
     words = -(-plan.block_kv // 32)
-    packed = np.zeros((plan.num_masks, plan.block_q, 4 * words), np.uint8)
-    packed[:, :, : plan.block_kv // 8] = plan.masks
+    packed = np.zeros((masks.shape[0], plan.block_q, 4 * words), np.uint8)
+    packed[:, :, : plan.block_kv // 8] = masks
     return np.concatenate([packed.view("<i4").astype(np.int32).ravel(), np.zeros(_MAX_BLOCK // 32, np.int32)])
 
 
@@ -144,8 +166,8 @@ def lower_rows(plan: BlockSparsePlan, device: torch.device) -> LoweredRows:
             )
         tokens = np.zeros(1, np.int32)
         if not plan.is_contiguous:
-            # -1 marks padding, which the kernels mask by count.
-            tokens = np.concatenate([plan.q_tokens.ravel(), plan.kv_tokens.ravel()])
+            # Padding becomes token 0: safe to load, and left out by counts and masks.
+            tokens = np.maximum(np.concatenate([plan.q_tokens.ravel(), plan.kv_tokens.ravel()]), 0)
         return LoweredRows(
             rows=_to(pack_rows(plan), device),
             tokens=_to(tokens, device),

@@ -20,10 +20,10 @@ def block_tokens(p_tokens, position, offsets, inside, CONTIGUOUS: tl.constexpr):
 
 @triton.jit
 def row_pointers(base, stride, p_tokens, position, offsets, o_d, inside, CONTIGUOUS: tl.constexpr):
-    """Pointers ``[rows, D]`` to the rows of a block; products with a stride are 64-bit."""
+    """Pointers ``[rows, D]`` to the rows of a block. The start is 64-bit; the host keeps tiles within 31 bits."""
     if CONTIGUOUS:
         # The tile's start is a scalar: the tensor part is the same for every tile, and leaves the loop.
-        return base + position.to(tl.int64) * stride + (offsets.to(tl.int64) * stride)[:, None] + o_d[None, :]
+        return base + position.to(tl.int64) * stride + (offsets * stride)[:, None] + o_d[None, :]
     else:
         rows = tl.load(p_tokens + position + offsets, mask=inside, other=0)
         return base + (rows.to(tl.int64) * stride)[:, None] + o_d[None, :]
@@ -63,29 +63,27 @@ def tile_mask(
     BLOCK_N: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Allowed pairs of a block, ``[rows, keys]`` bool (``[keys, rows]`` when ``TRANSPOSED``); -1: all of them.
+    """Allowed pairs of a block, ``[rows, keys]`` bool, or ``[keys, rows]`` when ``TRANSPOSED``.
 
     A row of a mask is read as 32-bit words and its bits are taken in registers: one load per row and word
-    instead of one per pair.
+    instead of one per pair. Keys beyond ``BLOCK_KV`` get a neighbour's bits.
     """
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
-    BLOCK_WORDS: tl.constexpr = (BLOCK_N + 31) // 32
     first = n_start // 32  # exact: BLOCK_N is 16 and the only block, or a multiple of 32
-    word_of_key = o_n // 32 - first
-    p_row = p_masks + tl.maximum(mask_id, 0).to(tl.int64) * (BLOCK_Q * WORDS) + o_m * WORDS + first
-    stored = o_m < tl.where(mask_id >= 0, BLOCK_Q, 0)
-    words = tl.load(p_row, mask=stored, other=-1)
+    p_row = p_masks + mask_id.to(tl.int64) * (BLOCK_Q * WORDS) + o_m * WORDS + first
+    in_tile = o_m < BLOCK_Q
+    words = tl.load(p_row, mask=in_tile, other=0)
     if TRANSPOSED:
         words = tl.broadcast_to(words[None, :], [o_n.shape[0], o_m.shape[0]])
     else:
         words = tl.broadcast_to(words[:, None], [o_m.shape[0], o_n.shape[0]])
-    for w in tl.static_range(1, BLOCK_WORDS):
-        # Keys beyond the tile read a word of the next row; their count leaves them out anyway.
-        word = tl.load(p_row + w, mask=stored, other=-1)
+    for w in tl.static_range(1, (BLOCK_N + 31) // 32):
+        word = tl.load(p_row + w, mask=in_tile, other=0)
+        here = o_n // 32 == first + w
         if TRANSPOSED:
-            words = tl.where((word_of_key == w)[:, None], word[None, :], words)
+            words = tl.where(here[:, None], word[None, :], words)
         else:
-            words = tl.where((word_of_key == w)[None, :], word[:, None], words)
+            words = tl.where(here[None, :], word[:, None], words)
     if TRANSPOSED:
         return ((words >> (o_n % 32)[:, None]) & 1) != 0
     else:

@@ -1,0 +1,1 @@
+"""What canvas-engineering costs, against everyone, in one run. Not part of the wheel; run by ``make bench``."""

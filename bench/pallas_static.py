@@ -1,0 +1,122 @@
+"""Static cost on TPUs, without a TPU: VLIW bundles per visited tile, beside JAX's Splash kernel.
+
+Both are compiled by libtpu for the same target, tile sizes, head_dim, dtype and matrix-product precision, on the
+same block-causal pattern of full and partial tiles. Bundles are those that one visited tile executes, read off the
+compiler's final schedule (``canvas_engineering.kernels.pallas.schedule``). They are cycles without stalls, and say
+nothing about waiting for memory.
+
+    python bench/pallas_static.py [--targets v5e v6e] [--out bench/results/pallas_static.json]
+
+Needs libtpu (``pip install libtpu``). Every configuration is compiled in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
+TILES = ((128, 128), (256, 256), (512, 512), (256, 512), (512, 1024))
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("bfloat16", "float32")
+NUM_TILES = 32
+# Enough that no operand fits into vector memory: XLA would put it there before the kernel starts, and the kernel
+# would not load it block by block.
+HEADS = 64
+KERNELS = {"forward": "splash_mha_fwd", "dq": "splash_mha_dq", "dkv": "splash_mha_dkv"}
+RATIO_AIM = 1.1
+
+
+def measure(target: str, block_q: int, block_kv: int, head_dim: int, dtype: str) -> list[dict[str, Any]]:
+    """One row per kernel: our bundles and Splash's. Loads libtpu, so once per process."""
+    from canvas_engineering.kernels.pallas.aot import example_plan
+    from canvas_engineering.kernels.pallas.aot_worker import Compiler, compile_kernels
+
+    with tempfile.TemporaryDirectory(prefix="canvas-tpu-") as folder:
+        compiler = Compiler(target, Path(folder))
+        ours = compile_kernels(compiler, example_plan(block_q, block_kv, NUM_TILES), head_dim, dtype)
+        theirs = splash(compiler, block_q, block_kv, head_dim, dtype)
+    rows = []
+    for kernel in ours:
+        row = {"target": target, "head_dim": head_dim, "dtype": dtype, **kernel}
+        row["splash"] = theirs[kernel["name"]]
+        if "bundles" in row and "bundles" in row["splash"]:
+            row["ratio"] = round(row["bundles"] / row["splash"]["bundles"], 3)
+        rows.append(row)
+    return rows
+
+
+def splash(compiler: Any, block_q: int, block_kv: int, head_dim: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """The same pattern through JAX's kernel: forward alone, then dQ and dK/dV from its gradient."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+        splash_attention_mask as masks,
+    )
+
+
+    tokens_q, tokens_kv = NUM_TILES * block_q, NUM_TILES * block_kv
+    # The mask of a row of tiles at a time: Splash wants an array-like of the full shape.
+    dense = np.arange(tokens_q)[:, None] * block_kv >= np.arange(tokens_kv) * block_q
+    mask = masks.MultiHeadMask([masks.NumpyMask(dense)] * HEADS)
+    sizes = kernels.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    attend = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    q = compiler.array((HEADS, tokens_q, head_dim), dtype)
+    kv = compiler.array((HEADS, tokens_kv, head_dim), dtype)
+
+    def gradients(q: Any, k: Any, v: Any, grad: Any) -> Any:
+        _, pull_back = jax.vjp(attend, q, k, v)
+        return pull_back(grad)
+
+    # float32 at full precision, as ours; bfloat16 knows one precision only.
+    precision = "highest" if dtype == "float32" else "default"
+    found: dict[str, dict[str, Any]] = {}
+    with jax.default_matmul_precision(precision):
+        for function, arguments, names in (
+            (attend, (q, kv, kv), ("forward",)),
+            (gradients, (q, kv, kv, q), ("dq", "dkv")),
+        ):
+            try:
+                compiled = compiler.compile(function, arguments, [KERNELS[name] for name in names])
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+                found |= {name: {"error": str(error).strip().splitlines()[0][:300]} for name in names}
+                continue
+            for name in names:
+                schedule = compiled.schedules[KERNELS[name]]
+                found[name] = {"bundles": schedule.bundles, "vmem_bytes": schedule.vmem_bytes}
+    del jnp
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pallas_static.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a configuration as JSON: measure it and print the rows
+    arguments = parser.parse_args()
+    if arguments.one:
+        answer = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # libtpu writes to standard output as well
+        rows = measure(*json.loads(arguments.one))
+        with answer:
+            json.dump(rows, answer)
+        return

@@ -1,0 +1,89 @@
+"""Interleaved timing: in every round each variant runs once, so that drift and other load hit all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.variant import Variant
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; nothing on the CPU."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def as_list(self) -> list[float]:
+        return [self.median, self.low, self.high]
+
+
+@dataclass
+class Interleaved:
+    """Runs the first variant under someone else's clock, and all others right before it, once per round.
+
+    ``pedantic`` is pytest-benchmark's: it calls ``setup``, then the target under its clock, ``rounds`` times.
+
+    Attributes:
+        ours: The variant that pytest-benchmark times.
+        others: Those that run in the setup of each round, in turn first.
+        samples: Seconds of each of the others, one per round.
+    """
+
+    ours: Variant
+    others: Sequence[Variant]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    rounds_done: int = 0
+
+    def rounds(self, budget: float, least: int = 3, most: int = 30) -> int:
+        """How many rounds fit a time budget, going by one timed call of each variant."""
+        once = sum(variant.sample() for variant in (self.ours, *self.others))
+        return max(least, min(most, int(budget / max(once, 1e-9))))
+
+    def run(self, pedantic: Callable[..., Any], rounds: int) -> None:
+        self.samples = {variant.name: [] for variant in self.others}
+        pedantic(self.ours.timed, setup=self._setup, rounds=rounds, warmup_rounds=0)
+
+    def _setup(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        count = len(self.others)
+        for place in range(count):
+            variant = self.others[(place + self.rounds_done) % count]
+            self.samples[variant.name].append(variant.sample())
+        self.rounds_done += 1
+        return (self.ours.prepare(),), {}
+
+
+class Clock:
+    """Stands in for pytest-benchmark's ``pedantic`` where there is no pytest; keeps the seconds of each round."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def pedantic(self, target: Callable[..., Any], *, setup: Callable[[], Any], rounds: int, warmup_rounds: int) -> None:
+        for number in range(rounds + warmup_rounds):
+            args, keywords = setup()
+            start = time.perf_counter()
+            target(*args, **keywords)
+            took = time.perf_counter() - start
+            if number >= warmup_rounds:
+                self.seconds.append(took)
