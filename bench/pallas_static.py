@@ -27,10 +27,10 @@ TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 TILES = ((128, 128), (256, 256), (512, 512), (256, 512), (512, 1024))
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-NUM_TILES = 32
+NUM_TILES = 8
 # Enough that no operand fits into vector memory: XLA would put it there before the kernel starts, and the kernel
 # would not load it block by block.
-HEADS = 64
+HEADS = 256
 KERNELS = {"forward": "splash_mha_fwd", "dq": "splash_mha_dq", "dkv": "splash_mha_dkv"}
 RATIO_AIM = 1.1
 
@@ -68,7 +68,7 @@ def splash(compiler: Any, block_q: int, block_kv: int, head_dim: int, dtype: str
     tokens_q, tokens_kv = NUM_TILES * block_q, NUM_TILES * block_kv
     # The mask of a row of tiles at a time: Splash wants an array-like of the full shape.
     dense = np.arange(tokens_q)[:, None] * block_kv >= np.arange(tokens_kv) * block_q
-    mask = masks.MultiHeadMask([masks.NumpyMask(dense)] * HEADS)
+    mask = masks.MultiHeadMask([masks.NumpyMask(dense)])
     sizes = kernels.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

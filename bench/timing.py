@@ -38,6 +38,11 @@ class Spread:
         return [self.median, self.low, self.high]
 
 
+def rounds_within(budget: float, once: float, least: int = 3, most: int = 30) -> int:
+    """How many rounds fit a time budget, one round taking ``once`` seconds."""
+    return max(least, min(most, int(budget / max(once, 1e-9))))
+
+
 @dataclass
 class Interleaved:
     """Runs the first variant under someone else's clock, and all others right before it, once per round.
@@ -54,11 +59,6 @@ class Interleaved:
     others: Sequence[Variant]
     samples: dict[str, list[float]] = field(default_factory=dict)
     rounds_done: int = 0
-
-    def rounds(self, budget: float, least: int = 3, most: int = 30) -> int:
-        """How many rounds fit a time budget, going by one timed call of each variant."""
-        once = sum(variant.sample() for variant in (self.ours, *self.others))
-        return max(least, min(most, int(budget / max(once, 1e-9))))
 
     def run(self, pedantic: Callable[..., Any], rounds: int) -> None:
         self.samples = {variant.name: [] for variant in self.others}

@@ -18,6 +18,15 @@ class Absent(Exception):
     """A peer that cannot run here; the message is the reason that the report gives."""
 
 
+def probe(sample: Callable[[], float], device: str = "cpu") -> tuple[float, int | None]:
+    """Seconds that ``sample`` returns, and the memory it took."""
+    from bench.memory import peak_bytes
+
+    taken: list[float] = []
+    peak = peak_bytes(lambda: taken.append(sample()), device)
+    return taken[0], peak
+
+
 class Variant:
     """Base of everything that is timed.
 
@@ -48,11 +57,9 @@ class Variant:
         """``out`` and, where a cotangent is given, the gradients, all as float64."""
         raise NotImplementedError
 
-    def peak_bytes(self) -> int | None:
-        """Memory that one timed part takes on top of its inputs."""
-        from bench.memory import peak_bytes
-
-        return peak_bytes(self.sample)
+    def probe(self) -> tuple[float, int | None]:
+        """Seconds of one timed part, and the memory that it took on top of its inputs."""
+        return probe(self.sample)
 
     def close(self) -> None:
         """Give back what the variant holds."""
@@ -134,7 +141,5 @@ class TorchVariant(Variant):
         named = zip(self._leaves, grads, strict=True)
         return {"out": array(out)} | {f"d{name}": array(grad) for name, grad in named}
 
-    def peak_bytes(self) -> int | None:
-        from bench.memory import peak_bytes
-
-        return peak_bytes(self.sample, self._device)
+    def probe(self) -> tuple[float, int | None]:
+        return probe(self.sample, self._device)

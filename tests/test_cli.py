@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import torch
 
 from canvas_engineering import BlockSparsePlan, CanvasLayout, CanvasSchema, CanvasTopology, Connection
 from canvas_engineering.attention import api
@@ -134,9 +136,10 @@ def test_run_compares_every_backend_and_writes_the_report(tmp_path: Path, capsys
     assert report["equal"] is True
     status = {(outcome["backend"], outcome["arrays"]): outcome["status"] for outcome in report["outcomes"]}
     assert status["reference", "numpy"] == "reference"
-    assert status["portable", "torch cpu"] == "equal"
-    assert status["portable", "jax cpu"] == "equal"
-    assert status["dispatcher", "torch cpu"] == "equal"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert status["portable", f"torch {device}"] == "equal"
+    assert status["portable", f"jax {jax.default_backend()}"] == "equal"
+    assert status["dispatcher", f"torch {device}"] == "equal"
     assert set(api.BACKENDS) <= {backend for backend, _ in status}
     assert report["placed"]["visual"].startswith("8 x 8 pixel patches of matplotlib sample data")
     assert report["placed"]["goal"] == "empty tokens"
@@ -191,6 +194,13 @@ def test_run_fails_when_a_backend_differs(
     text = capsys.readouterr().out
     assert "a result DIFFERS from the reference" in text
     assert "max error 1.00e-03 is above" in text
+
+
+def test_simulators_run_only_on_request() -> None:
+    for backend, arrays in (("triton", "torch cpu"), ("pallas", "jax cpu"), ("pallas", "jax gpu")):
+        assert compare.simulated(backend, arrays)
+    for backend, arrays in (("triton", "torch cuda"), ("pallas", "jax tpu"), ("portable", "torch cpu")):
+        assert not compare.simulated(backend, arrays)
 
 
 def test_a_nan_is_never_equal(tmp_path: Path) -> None:

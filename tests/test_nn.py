@@ -92,7 +92,7 @@ def test_period_embedding_looks_its_bucket_up() -> None:
     assert set(module.state_dict()) == {"embedding.weight"}
     assert PeriodEmbedding(4, n_buckets=1).bucket(77) == 0
     assert module.bucket(0) == 0
-    assert module.bucket(np.int64(9999)) == 14  # type: ignore[arg-type]  # whose powers would overflow
+    assert module.bucket(np.int64(10_000)) == 15  # type: ignore[arg-type]  # whose powers would overflow
     with pytest.raises(CanvasError, match="n_buckets must be at least 1, got n_buckets=0"):
         PeriodEmbedding(4, n_buckets=0)
 
@@ -392,7 +392,7 @@ def test_residual_update_does_not_read_the_device() -> None:
 
 def test_residual_errors() -> None:
     module = ResidualAccumulator(["x", "y.err"])
-    with pytest.raises(UnknownRegionError, match="unknown region 'z'; this accumulator tracks 'x', 'y.err'"):
+    with pytest.raises(UnknownRegionError, match=r"unknown region 'z'; this accumulator tracks 'x', 'y.err'"):
         module.update("z", torch.zeros(1))
     with pytest.raises(CanvasError, match=r"error of region 'x' must have elements, got shape \(0, 3\)"):
         module.update("x", torch.zeros(0, 3))

@@ -145,7 +145,7 @@ class RWKVAttention(AttentionFunction):
         self.check_inputs(queries, keys, values)
         n_queries = queries.shape[1]
         r = self.r_proj(queries)
-        k = (self.k_proj(keys[:, :n_queries]))
+        k = full_precision(self.k_proj(keys[:, :n_queries]))
         v = full_precision(self.v_proj(values[:, :n_queries]))
         n_steps = k.shape[1]
         if n_steps == 0:

@@ -299,11 +299,12 @@ def compare_backends(
             outcomes.append(Outcome(name, "-", "skipped", availability.reason))
             continue
         for job in candidates(plan, q, k, v, name):
+            if simulated(name, job.arrays) and not interpret:
+                outcomes.append(Outcome(name, job.arrays, "skipped", "only simulated here; --interpret runs it"))
+                continue
             reasons = backend_reasons(name, *job.operands, plan)
             if reasons:
                 outcomes.append(Outcome(name, job.arrays, "skipped", "; ".join(reasons)))
-            elif simulated(name, job.arrays) and not interpret:
-                outcomes.append(Outcome(name, job.arrays, "skipped", "only simulated here; --interpret runs it"))
             else:
                 jobs.append(job)
     for job in progress(jobs, "backends"):

@@ -158,4 +158,3 @@ def _form(module: TorchDispatcher) -> tuple[Any, ...]:
         module.backend,
         *((name, fn, getattr(getattr(fn, "dropout", None), "p", 0.0)) for name, fn in module.fn_modules.items()),
     )
-

@@ -77,9 +77,7 @@ def params_of(module: TorchDispatcher, dtype: Any) -> Params:
         branch = params
         for parent in parents:
             branch = branch.setdefault(parent, {})
-        branch[name] = jnp.array(as_numpy(tensor), dtype=str(tensor.dtype).removeprefix("torch.") or None)
-        if dtype is not None:
-            branch[name] = branch[name].astype(dtype)
+        branch[name] = jnp.array(as_numpy(tensor), dtype or str(tensor.dtype).removeprefix("torch."))
     return params
 
 

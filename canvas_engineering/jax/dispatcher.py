@@ -30,6 +30,7 @@ from canvas_engineering.jax.weights import (
     work_of_traced,
 )
 from canvas_engineering.routing.edges import active_edges, resolve_edges
+from canvas_engineering.routing.explain import Explanation, explain
 from canvas_engineering.routing.names import gate_names, slot_names
 from canvas_engineering.routing.schedule import (
     FunctionTraits,
@@ -355,6 +356,20 @@ class AttentionDispatcher:
         if self.residual_accumulator is None:
             raise CanvasError("summaries needs a dispatcher with residual_accumulator")
         return self.residual_accumulator.summaries(state)
+
+    # -- looking --------------------------------------------------------------------------------------------
+
+    def explain(self, x: Array | None = None) -> Explanation:
+        """Which connection runs where, and why.
+
+        Args:
+            x: An input to explain for; without one, float32 on JAX's default device.
+
+        Returns:
+            A table that prints itself; ``rows`` and ``as_dict()`` for programs.
+        """
+        probe = jnp.zeros(1, jnp.float32) if x is None else x
+        return explain(self.schedule, self.functions, probe, self.d_model // self.n_heads, self.n_heads, self.backend)
 
     def __repr__(self) -> str:
         functions = ", ".join(sorted(self.functions))

@@ -17,23 +17,47 @@ from canvas_engineering.jax.params import Params, full_precision, init_linear, i
 SEGMENT_ELEMENTS = 1 << 20
 
 
-def linear_scan(a: Array, b: Array) -> tuple[Array, Array]:
+def linear_scan(a: Array, b: Array) -> Array:
     """``h[:, t] = a[:, t] h[:, t-1] + b[:, t]`` from ``h[:, -1] = 0``, in a logarithmic number of steps.
 
     Args:
-        a: factors, broadcastable to ``b``, with all steps.
-        b: inputs, (B, M, ...).
+        a, b: factors and inputs, both (B, M, ...).
 
     Returns:
-        The products ``a[:, 0] ... a[:, t]`` and the states ``h``. A start other than 0 adds product * start.
-        No division and no exponential of a sum, so long sequences lose no range (Blelloch, CMU-CS-90-190).
+        All states, like ``b``. No division and no exponential of a sum, so long sequences lose no range (Blelloch,
+        CMU-CS-90-190). The backward pass is a scan in the other direction; forward mode is not supported.
     """
+    return _scan(a, b)
 
+
+@jax.custom_vjp
+def _scan(a: Array, b: Array) -> Array:
+    return _scan_without_gradient(a, b, reverse=False)
+
+
+def _scan_without_gradient(a: Array, b: Array, reverse: bool) -> Array:
     def combine(before: tuple[Array, Array], after: tuple[Array, Array]) -> tuple[Array, Array]:
         return before[0] * after[0], after[0] * before[1] + after[1]
 
-    product, h = lax.associative_scan(combine, (a, b), axis=1)
-    return product, h
+    _, h = lax.associative_scan(combine, (a, b), reverse=reverse, axis=1)
+    return h
+
+
+def _scan_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    h = _scan_without_gradient(a, b, reverse=False)
+    return h, (a, h)
+
+
+def _scan_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    a, h = saved
+    # grad_b[t] = grad[t] + a[t+1] grad_b[t+1]; nothing comes after the last step.
+    a_next = jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], axis=1)
+    grad_b = _scan_without_gradient(a_next, grad, reverse=True)
+    h_before = jnp.concatenate([jnp.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
+    return grad_b * h_before, grad_b
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def selective_scan(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Array:
@@ -55,8 +79,9 @@ def selective_scan(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Array:
         """From ``state (B, d, s)``: the last state, and y ``(B, m, d)``."""
         x, dt, b, c = piece
         inputs = (dt * x)[..., None] * b[:, :, None]  # (B, m, d, s)
-        product, h = linear_scan(jnp.exp(dt[..., None] * a), inputs)
-        h = h + product * state[:, None]
+        decay = jnp.exp(dt[..., None] * a)
+        inputs = inputs.at[:, 0].add(decay[:, 0] * state)
+        h = linear_scan(decay, inputs)
         return h[:, -1], jnp.einsum("bmds,bms->bmd", h, c)
 
     state = jnp.zeros((batch, d, a.shape[1]), x.dtype)
@@ -176,7 +201,7 @@ class RWKVAttention(AttentionFunction):
         strength = jnp.exp(jnp.clip(k, -10.0, 10.0))
         factor = jnp.exp(-jnp.exp(full_precision(params["decay"]))).ravel()
         inputs = jnp.concatenate([strength * v, strength], axis=-1)  # (B, M, 2 d)
-        _, sums = linear_scan(jnp.broadcast_to(jnp.tile(factor, 2), (1, *inputs.shape[1:])), inputs)
+        sums = linear_scan(jnp.broadcast_to(jnp.tile(factor, 2), inputs.shape), inputs)
         past = jnp.pad(sums[:, :-1], ((0, 0), (1, 0), (0, 0)))  # what lies before each step
         past_values, past_strength = jnp.split(past, 2, axis=-1)
         now = jnp.exp(full_precision(params["bonus"])).ravel() * strength

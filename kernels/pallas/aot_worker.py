@@ -102,7 +102,7 @@ def compile_kernels(compiler: Compiler, plan: Any, head_dim: int, dtype: str) ->
     import jax.numpy as jnp
 
     from canvas_engineering.kernels.pallas.attention import kernel_config, plan_arrays
-    from canvas_engineering.kernels.pallas.backward import backward_cols, backward_rows
+    from canvas_engineering.kernels.pallas.backward import SetRows, backward_cols, backward_rows
     from canvas_engineering.kernels.pallas.forward import forward
     from canvas_engineering.kernels.pallas.lowering import lower_plan
     from canvas_engineering.kernels.pallas.tiles import padded_head_dim
@@ -122,14 +122,20 @@ def compile_kernels(compiler: Compiler, plan: Any, head_dim: int, dtype: str) ->
     q = compiler.array((1, plan.num_q_tiles * plan.block_q, width), dtype)
     kv = compiler.array((1, plan.num_kv_tiles * plan.block_kv, width), dtype)
     weight = compiler.array((lowered.num_sets, 1, plan.block_q), jnp.float32)
-    per_set = compiler.array((1, lowered.num_sets, 1, plan.block_q), jnp.float32)
-    by_set = config.keeps_outputs_by_set
-    out = compiler.array((1, lowered.num_sets, plan.block_q, width), dtype) if by_set else q
+    rows = compiler.array((1, lowered.num_sets, 1, plan.block_q), jnp.float32)
 
+    def backward(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(arrays: Any, q: Any, k: Any, v: Any, grad: Any, lse: Any, delta: Any, weight: Any) -> Any:
+            set_rows = SetRows(lse=lse, delta=delta, weight=weight if config.weighted else None)
+            return function(config, arrays, q, k, v, grad, set_rows)
+
+        return run
+
+    saved = (arrays, q, kv, kv, q, rows, rows, rows)
     calls: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
         ("forward", lambda *x: forward(config, *x, by_set=False), (arrays, q, kv, kv, weight)),
-        ("dq", lambda *x: backward_rows(config, *x, None), (arrays, q, kv, kv, weight, out, per_set, q)),
-        ("dkv", lambda *x: backward_cols(config, *x, None), (arrays, q, kv, kv, weight, per_set, per_set, q)),
+        ("dq", backward(backward_rows), saved),
+        ("dkv", backward(backward_cols), saved),
     ]
     reports = []
     for name, function, arguments in calls:

@@ -7,6 +7,7 @@ plan can be run through it as well (see ``sharding``).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from canvas_engineering.kernels.pallas.backward import backward_cols, backward_rows
+from canvas_engineering.kernels.pallas.backward import SetRows, backward_cols, backward_rows
 from canvas_engineering.kernels.pallas.config import Activation, KernelConfig, PlanArrays
 from canvas_engineering.kernels.pallas.forward import forward
-from canvas_engineering.kernels.pallas.launch import Interpret
-from canvas_engineering.kernels.pallas.lowering import FULL, MASKED, EntryList, LoweredPlan, lower_plan
+from canvas_engineering.kernels.pallas.launch import Interpret, read_field, write_field
+from canvas_engineering.kernels.pallas.lowering import FULL, MASKED, ListFormat, LoweredPlan, lower_plan
 from canvas_engineering.kernels.pallas.order import TokenOrder, from_tiles, to_tiles
 from canvas_engineering.kernels.pallas.tile_math import LOG2_E, fmix, times
 from canvas_engineering.kernels.pallas.tiles import padded_head_dim
@@ -55,7 +56,7 @@ def plan_attention(
     q_order = plan.lowered("pallas q order", lambda p: TokenOrder.of(p.q_tokens, p.num_q, p.digest))
     kv_order = plan.lowered("pallas kv order", lambda p: TokenOrder.of(p.kv_tokens, p.num_kv, p.digest))
     batch, heads_q, _, head_dim = q.shape
-    if not lowered.rows.tile.size or not lowered.cols.tile.size:  # no queries, or no keys
+    if not lowered.row_format.length or not lowered.col_format.length:  # no queries, or no keys
         out = jnp.zeros_like(q)
         return (out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)) if return_lse else out
 
@@ -87,7 +88,7 @@ def plan_attention(
     out = from_tiles(q_order, out.reshape(batch, heads_q, -1, out.shape[-1]))[..., :head_dim]
     if not return_lse:
         return out
-    if lowered.rows.softmax_set is not None:
+    if not lowered.one_set_each:
         lse = lse[:, lowered.tile_set]
     return out, from_tiles(q_order, lse.reshape(batch, heads_q, -1))
 
@@ -111,8 +112,8 @@ def kernel_config(
         activation=activation,
         scale=scale,
         dropout_p=dropout_p,
-        rows=lowered.row_shape,
-        cols=lowered.col_shape,
+        rows=lowered.row_format,
+        cols=lowered.col_format,
         interpret=interpret,
     )
 
@@ -120,8 +121,9 @@ def kernel_config(
 def plan_arrays(lowered: LoweredPlan, q_hash: Array | None, kv_hash: Array | None) -> PlanArrays:
     has_masks = lowered.row_masks.shape[0] > 0
     return PlanArrays(
-        rows=_as_jax(lowered.rows),
-        cols=_as_jax(lowered.cols),
+        rows=tuple(jnp.asarray(word) for word in lowered.rows),
+        cols=tuple(jnp.asarray(word) for word in lowered.cols),
+        set_tile=None if lowered.one_set_each else jnp.asarray(lowered.set_tile),
         row_masks=jnp.asarray(lowered.row_masks) if has_masks else None,
         col_masks=jnp.asarray(lowered.col_masks) if has_masks else None,
         q_hash=q_hash,
@@ -167,7 +169,7 @@ def tiled_attention(
             log-sum-exp. (Where the weights are differentiated, they are computed all the same.)
     """
     if skip_zero_weight:
-        arrays = _skip_zero_weight(arrays, weight)
+        arrays = _skip_zero_weight(config, arrays, weight)
     out, lse, _ = forward(config, arrays, q, k, v, weight, by_set=False)
     return out, _or_no_lse(config, q, lse)
 
@@ -178,7 +180,7 @@ def _forward_rule(
     """Under ``symbolic_zeros`` every operand comes with whether it is being differentiated."""
     arrays = jax.tree.map(lambda leaf: leaf.value, arrays)
     if skip_zero_weight and not weight.perturbed:
-        arrays = _skip_zero_weight(arrays, weight.value)
+        arrays = _skip_zero_weight(config, arrays, weight.value)
     operands = (q.value, k.value, v.value, weight.value)
     out, lse, set_out = forward(config, arrays, *operands, by_set=config.keeps_outputs_by_set)
     kept_out = out if set_out is None else set_out
@@ -193,11 +195,30 @@ def _backward_rule(config: KernelConfig, skip_zero_weight: bool, saved: Any, gra
     if isinstance(grad_lse, SymbolicZero) or config.activation == "sigmoid":
         grad_lse = None
     if skip_zero_weight and grad_lse is None:  # without weight a set has no part in dQ, dK and dV
-        arrays = _skip_zero_weight(arrays, weight)
-    base_2 = None if lse is None else jnp.where(jnp.isneginf(lse), NO_PROBABILITY, lse * LOG2_E)
-    dq, delta = backward_rows(config, arrays, q, k, v, weight, out, base_2, grad_out, grad_lse)
-    dk, dv = backward_cols(config, arrays, q, k, v, weight, delta, base_2, grad_out, grad_lse)
+        arrays = _skip_zero_weight(config, arrays, weight)
+    delta = _delta(config, arrays, out, grad_out)
+    softmax = config.activation == "softmax"
+    set_rows = SetRows(
+        lse=jnp.where(jnp.isneginf(lse), NO_PROBABILITY, lse * LOG2_E) if softmax else None,
+        delta=delta if softmax else None,
+        weight=jnp.broadcast_to(weight, delta.shape) if config.weighted else None,
+        grad_lse=grad_lse,
+    )
+    dq = backward_rows(config, arrays, q, k, v, grad_out, set_rows)
+    dk, dv = backward_cols(config, arrays, q, k, v, grad_out, set_rows)
     return None, dq, dk, dv, delta.sum(axis=0)
+
+
+def _delta(config: KernelConfig, arrays: PlanArrays, out: Array, grad_out: Array) -> Array:
+    """``sum_d grad_out o`` of every set, ``(B * Hq, num_sets, 1, block_q)`` float32."""
+    tiled = (grad_out.shape[0], -1, config.block_q, grad_out.shape[2])
+    grad_out, out = grad_out.reshape(tiled), out.reshape(tiled)
+    if config.keeps_outputs_by_set and arrays.set_tile is not None:
+        grad_out = grad_out[:, arrays.set_tile]
+    delta = (grad_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)[:, :, None]
+    if not config.keeps_outputs_by_set and arrays.set_tile is not None:
+        delta = delta[:, arrays.set_tile]
+    return delta
 
 
 tiled_attention.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
@@ -209,31 +230,31 @@ def _or_no_lse(config: KernelConfig, q: Array, lse: Array | None) -> Array:
     return jnp.full((q.shape[0], config.num_sets, 1, config.block_q), -jnp.inf, jnp.float32)
 
 
-def _skip_zero_weight(arrays: PlanArrays, weight: Array) -> PlanArrays:
+def _skip_zero_weight(config: KernelConfig, arrays: PlanArrays, weight: Array) -> PlanArrays:
     """Entries of sets without weight compute nothing, and name the blocks of the entry before: nothing is loaded."""
     active = (weight != 0).any(axis=(1, 2))  # (num_sets,)
 
-    def skip(entries: EntryList, q_tile: Array, *, repeat_set: bool) -> EntryList:
-        softmax_set = q_tile if entries.softmax_set is None else entries.softmax_set
-        computes = active[softmax_set.astype(jnp.int32)]
-        place = jnp.arange(computes.shape[1], dtype=jnp.int32)
+    def skip(form: ListFormat, words: tuple[Array, ...], q_tile: str, repeated: Sequence[str]) -> tuple[Array, ...]:
+        def read(name: str) -> Array:
+            field = form.field(name)
+            return jnp.zeros_like(words[0]) if field is None else read_field(field, words[field.word])
+
+        computes = active[read(q_tile if form.field("softmax_set") is None else "softmax_set")]
+        place = jnp.arange(form.length, dtype=jnp.int32)
         latest = lax.cummax(jnp.where(computes, place, 0), axis=1)
+        changed = {name: jnp.take_along_axis(read(name), latest, axis=1) for name in repeated}
+        changed["flags"] = jnp.where(computes, read("flags"), read("flags") & jnp.int32(~(FULL | MASKED)))
+        result = list(words)
+        for name, value in changed.items():
+            field = form.field(name)
+            if field is not None:
+                result[field.word] = write_field(field, result[field.word], value)
+        return tuple(result)
 
-        def repeat(column: Array | None) -> Array | None:
-            return None if column is None else jnp.take_along_axis(column, latest, axis=1)
-
-        return entries._replace(
-            other=repeat(entries.other),
-            softmax_set=repeat(entries.softmax_set) if repeat_set else entries.softmax_set,
-            mask=repeat(entries.mask),
-            flags=jnp.where(computes, entries.flags, entries.flags & jnp.int8(~(FULL | MASKED))),
-        )
-
-    rows, cols = arrays.rows, arrays.cols
     return arrays._replace(
         # The row list writes results by set, so its sets stay; the column list only reads by set.
-        rows=skip(rows, rows.tile, repeat_set=False),  # type: ignore[arg-type]
-        cols=skip(cols, cols.other, repeat_set=True),  # type: ignore[arg-type]
+        rows=skip(config.rows, arrays.rows, "tile", ("other", "mask")),
+        cols=skip(config.cols, arrays.cols, "other", ("other", "mask", "softmax_set")),
     )
 
 
@@ -256,10 +277,6 @@ def _operand(x: Array) -> Array:
 def _head_major(x: Array, block: int) -> Array:
     """``(B, H, tiles * block)`` to ``(B * H, tiles, 1, block)``."""
     return x.reshape(x.shape[0] * x.shape[1], -1, 1, block)
-
-
-def _as_jax(entries: EntryList) -> EntryList:
-    return EntryList(*(None if column is None else jnp.asarray(column) for column in entries))  # type: ignore[arg-type]
 
 
 __all__ = ["kernel_config", "plan_arrays", "plan_attention", "tiled_attention"]

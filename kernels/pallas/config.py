@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from jax import Array
 
 from canvas_engineering.kernels.pallas.launch import Interpret
-from canvas_engineering.kernels.pallas.lowering import EntryList, ListShape
+from canvas_engineering.kernels.pallas.lowering import ListFormat
 
 Activation = Literal["softmax", "sigmoid"]
 
@@ -31,8 +31,8 @@ class KernelConfig:
     activation: Activation
     scale: float
     dropout_p: float
-    rows: ListShape
-    cols: ListShape
+    rows: ListFormat
+    cols: ListFormat
     interpret: Interpret
 
     @property
@@ -45,13 +45,16 @@ class PlanArrays(NamedTuple):
     """The lowered plan and per-token data as arrays: constants of a call, or one shard of them. A pytree.
 
     Attributes:
+        rows, cols: The lists: per word ``(chunks, length)`` int32.
+        set_tile: ``(num_sets,)`` int32, None where each q tile has exactly the set of its own number.
         row_masks, col_masks: Packed masks, None without partial tiles.
         q_hash: ``(B * Hq, q_tiles, 1, block_q)`` int32, hash of seed, head and query token; None without dropout.
         kv_hash: ``(kv_tiles, 1, block_kv)`` int32, hash of the key token; None without dropout.
     """
 
-    rows: EntryList
-    cols: EntryList
+    rows: tuple[Array, ...]
+    cols: tuple[Array, ...]
+    set_tile: Array | None
     row_masks: Array | None
     col_masks: Array | None
     q_hash: Array | None

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from canvas_engineering.kernels.pallas.lowering import EntryList, ListShape
+from canvas_engineering.kernels.pallas.lowering import Field, ListFormat
 
 #: What the compiler grants a kernel by default on the smallest TPU; more is asked for where a kernel needs it.
 DEFAULT_VMEM_BYTES = 16 * 2**20
@@ -25,27 +25,28 @@ Interpret = bool | pltpu.InterpretParams
 class Step:
     """One grid step, in an index map or in a kernel: the head, the entry, and what the list says of it."""
 
-    def __init__(self, head: Any, entry: Any, lists: EntryList, sub: Any = 0) -> None:
+    def __init__(self, form: ListFormat, words: Sequence[Any], head: Any, entry: Any, sub: Any = 0) -> None:
         self.head = head  # index of the outer grid dimension
         self.sub = sub  # index of the innermost one, for query heads that share a kv head
         self._entry = entry
-        self._lists = lists
+        self._form = form
+        self._words = words
 
     @property
     def tile(self) -> Any:
-        return self._read(self._lists.tile)
+        return self._read("tile")
 
     @property
     def other(self) -> Any:
-        return self._read(self._lists.other)
+        return self._read("other")
 
     @property
     def flags(self) -> Any:
-        return self._read(self._lists.flags)
+        return self._read("flags")
 
     @property
     def mask(self) -> Any:
-        return self._read(self._lists.mask)
+        return self._read("mask")
 
     def kv_head(self, group: int) -> Any:
         """The kv head that this query head reads, ``group`` query heads to one."""
@@ -53,12 +54,26 @@ class Step:
         return self.head if group == 1 else lax.div(self.head, jnp.int32(group))
 
     def softmax_set(self, q_tile: Any) -> Any:
-        """The set of this entry; without a list of sets, every q tile has the set of its own number."""
-        return q_tile if self._lists.softmax_set is None else self._read(self._lists.softmax_set)
+        """The set of this entry; without a field for it, every q tile has the set of its own number."""
+        return q_tile if self._form.field("softmax_set") is None else self._read("softmax_set")
 
-    def _read(self, ref: Any) -> Any:
-        # Scalar memory may hold 8- and 16-bit integers; scalar arithmetic is 32-bit.
-        return ref[self._entry].astype(jnp.int32)
+    def _read(self, name: str) -> Any:
+        field = self._form.field(name)
+        return jnp.int32(0) if field is None else read_field(field, self._words[field.word][self._entry])
+
+
+def read_field(field: Field, word: Any) -> Any:
+    """A field out of its word (a scalar, or an array of words)."""
+    if field.shift:
+        word = lax.shift_right_logical(word, jnp.int32(field.shift))
+    return word if field.shift + field.bits == 32 else word & jnp.int32((1 << field.bits) - 1)
+
+
+def write_field(field: Field, word: Array, value: Array) -> Array:
+    """The words with the field replaced."""
+    ones = (1 << field.bits) - 1
+    cleared = word & ~lax.shift_left(jnp.int32(ones if ones < 2**31 else -1), jnp.int32(field.shift))
+    return cleared | lax.shift_left(value, jnp.int32(field.shift))
 
 
 @dataclass(frozen=True)
@@ -96,8 +111,8 @@ def launch(
     *,
     name: str,
     heads: int,
-    lists: EntryList,
-    shape: ListShape,
+    form: ListFormat,
+    words: Sequence[Array],
     operands: Sequence[Operand],
     results: Sequence[Result],
     scratch: dict[str, tuple[tuple[int, ...], Any]],
@@ -113,55 +128,57 @@ def launch(
 
     Args:
         heads: Size of the outer grid dimension, whose steps are independent.
+        words: The list in format ``form``: ``(chunks, length)`` int32 per word.
         scratch: Shape and dtype of each buffer that the kernel keeps in vector memory between steps.
         vmem_bytes: Estimated need of vector memory.
         sub_heads: Size of the innermost grid dimension.
     """
-    present = [field for field in EntryList._fields if getattr(lists, field) is not None]
-    names = [o.name for o in operands]
-    chained = shape.chunks > 1
-    varying = frozenset[Any]().union(*(jax.typeof(x).mat.varying for x in _arrays(lists, operands)))
+    chained = form.chunks > 1
+    varying = frozenset[Any]().union(*(jax.typeof(x).mat.varying for x in (*words, *(o.array for o in operands))))
+    grid = (heads, form.length) if sub_heads == 1 else (heads, form.length, sub_heads)
 
     def body(*refs: Any) -> None:
-        by_name = dict(zip(present, refs, strict=False))
-        rest = refs[len(present) :]
+        listed, rest = refs[: form.words], refs[form.words :]
         inputs, rest = rest[: len(operands)], rest[len(operands) + (len(results) if chained else 0) :]
         outputs, buffers = rest[: len(results)], rest[len(results) :]
         space = SimpleNamespace(
-            **dict(zip(names, inputs, strict=True)),
+            **dict(zip([o.name for o in operands], inputs, strict=True)),
             **dict(zip([r.name for r in results], outputs, strict=True)),
             **dict(zip(scratch, buffers, strict=True)),
         )
-        kernel(space, Step(pl.program_id(0), pl.program_id(1), _lists(by_name), pl.program_id(2)))
+        kernel(space, Step(form, listed, *(pl.program_id(axis) for axis in range(len(grid)))))
 
     def block_spec(block: tuple[int | None, ...], index: Callable[[Step], tuple[Any, ...]]) -> pl.BlockSpec:
-        def index_map(head: Any, entry: Any, sub: Any, *refs: Any) -> tuple[Any, ...]:
-            at = index(Step(head, entry, _lists(dict(zip(present, refs, strict=True))), sub))
-            return tuple(jnp.int32(i) if isinstance(i, int) else i for i in at)
+        def index_map(*arguments: Any) -> tuple[Any, ...]:
+            place, listed = arguments[: len(grid)], arguments[len(grid) :]
+            return tuple(jnp.int32(i) if isinstance(i, int) else i for i in index(Step(form, listed, *place)))
 
         return pl.BlockSpec(block, index_map)
 
     in_specs = [block_spec(o.block, o.index) for o in operands]
     aliases = {}
     if chained:
-        first = len(present) + len(operands)
+        first = form.words + len(operands)
         in_specs += [pl.BlockSpec(memory_space=pl.ANY) for _ in results]
         aliases = {first + i: i for i in range(len(results))}
-    steps = heads * shape.length * sub_heads
+    steps = heads * form.length * sub_heads
     call = pl.pallas_call(
         body,
         out_shape=[_shape_dtype(r, varying) for r in results],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(present),
-            grid=(heads, shape.length, sub_heads),
+            num_scalar_prefetch=form.words,
+            grid=grid,
             in_specs=in_specs,
             out_specs=[block_spec(r.block, r.index) for r in results],
             scratch_shapes=[pltpu.VMEM(size, dtype) for size, dtype in scratch.values()],
         ),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
             vmem_limit_bytes=max(DEFAULT_VMEM_BYTES, 2 * vmem_bytes),
+            # Every index comes from a plan that was checked on the host. Checking it again before each copy
+            # costs 15 bundles per operand and step: a tenth of a tile of 128 x 128.
+            disable_bounds_checks=True,
         ),
         cost_estimate=pl.CostEstimate(
             flops=cost.flops * steps,
@@ -170,26 +187,17 @@ def launch(
         ),
         interpret=interpret,
         name=name,
-        metadata={"xprof_metadata": json.dumps({"grid": [heads, shape.length, sub_heads], "chunks": shape.chunks})},
+        metadata={"xprof_metadata": json.dumps({"grid": grid, "chunks": form.chunks})},
     )
 
     def run(chunk: Sequence[Array], carried: Sequence[Array]) -> list[Array]:
         return list(call(*chunk, *(o.array for o in operands), *carried))
 
-    columns = [jnp.asarray(getattr(lists, field)) for field in present]
     if not chained:
-        return run([column[0] for column in columns], [])
+        return run([word[0] for word in words], [])
     start = [_vary(jnp.zeros(r.shape, r.dtype), varying) for r in results]
-    carried, _ = lax.scan(lambda carry, chunk: (run(chunk, carry), None), start, columns)
+    carried, _ = lax.scan(lambda carry, chunk: (run(chunk, carry), None), start, list(words))
     return list(carried)
-
-
-def _lists(by_name: dict[str, Any]) -> EntryList:
-    return EntryList(**{field: by_name.get(field) for field in EntryList._fields})  # type: ignore[arg-type]
-
-
-def _arrays(lists: EntryList, operands: Sequence[Operand]) -> list[Array]:
-    return [*(jnp.asarray(column) for column in lists if column is not None), *(o.array for o in operands)]
 
 
 def _shape_dtype(result: Result, varying: frozenset[Any]) -> jax.ShapeDtypeStruct:

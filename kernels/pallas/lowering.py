@@ -1,9 +1,11 @@
 """A plan as the TPU kernels read it: flat lists of entries, and masks packed for the vector unit.
 
 The forward and dQ kernels walk the *row list*: the entries of the plan in order of q tile and softmax set. The
-dK/dV kernel walks the *column list*: the transpose, in order of kv tile. A list is a few parallel integer arrays
-that the kernels prefetch into scalar memory (SMEM). SMEM is 1 MiB, so a long list is cut, between tiles, into
-chunks of equal length that run one after the other through one compiled kernel.
+dK/dV kernel walks the *column list*: the transpose, in order of kv tile. The fields of an entry are packed into as
+few 32-bit words as hold them, one array per word, which the kernels prefetch into scalar memory (SMEM): that is
+smaller than an array of the smallest integer type per field, and faster to read than 8- or 16-bit types, because
+scalar memory is addressed by words. SMEM is 1 MiB, so a long list is cut, between tiles, into chunks of equal
+length that run one after the other through one compiled kernel.
 
 Every tile and every set has at least one entry in its list: where the plan visits nothing a *dummy* entry, which
 computes nothing, makes the kernel write zeros.
@@ -17,6 +19,7 @@ Only NumPy is needed here.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,33 +44,49 @@ LIST_BYTES = 512 * 1024
 _MASK_CHUNK = 1 << 24  # bools unpacked at a time
 
 
-class EntryList(NamedTuple):
-    """Parallel arrays ``(chunks, length)`` of the smallest integer type that holds them; a pytree.
+class FlatEntries(NamedTuple):
+    """A list before it is packed and cut: one row per entry, in the order in which a kernel walks them."""
 
-    ``None`` stands for an array that says nothing: ``softmax_set`` where each q tile has exactly the set of its
-    own number, ``mask`` where the plan has no masks.
-    """
-
-    tile: NDArray[np.integer]  # the tile that is accumulated: q tile (row list) or kv tile (column list)
-    other: NDArray[np.integer]  # the tile that is streamed
-    softmax_set: NDArray[np.integer] | None
-    mask: NDArray[np.integer] | None
-    flags: NDArray[np.int8]
+    tile: NDArray[np.int64]  # the tile that is accumulated: q tile (row list) or kv tile (column list)
+    other: NDArray[np.int64]  # the tile that is streamed
+    softmax_set: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    flags: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class ListShape:
-    """What a kernel must know of a list when it is compiled."""
+class Field:
+    """Where a field of an entry stands: ``(words[word] >> shift) & (2**bits - 1)``."""
 
+    word: int
+    shift: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class ListFormat:
+    """What a kernel must know of a list when it is compiled.
+
+    Attributes:
+        fields: By name; a field that is missing says nothing (``mask`` where the plan has none, ``softmax_set``
+            where each q tile has exactly the set of its own number).
+        words: Words per entry.
+        chunks, length: Chunks, and entries per chunk.
+        has_full, has_masked: Kinds of tiles that occur.
+    """
+
+    fields: tuple[tuple[str, Field], ...]
+    words: int
     chunks: int
     length: int
     has_full: bool
     has_masked: bool
-    computed: int  # entries that compute something
 
-    @property
-    def entries(self) -> int:
-        return self.chunks * self.length
+    def field(self, name: str) -> Field | None:
+        return dict(self.fields).get(name)
+
+
+EntryWords = tuple[NDArray[np.int32], ...]  # per word: (chunks, length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +96,8 @@ class LoweredPlan:
     Attributes:
         num_sets: Softmax sets, with one more at the end where some q tile has none of its own.
         tile_set: ``(num_q_tiles,)`` int32: first set of each q tile.
+        set_tile: ``(num_sets,)`` int32: q tile of each set (of the extra set: any).
+        rows, cols: The lists, packed.
         max_sets: Most sets of one q tile, at least 1.
         row_masks: ``(num_masks, words, block_kv)`` int32, packed along the queries.
         col_masks: ``(num_masks, words, block_q)`` int32, packed along the keys.
@@ -86,25 +107,21 @@ class LoweredPlan:
 
     num_sets: int
     tile_set: NDArray[np.int32]
+    set_tile: NDArray[np.int32]
     max_sets: int
-    rows: EntryList
-    cols: EntryList
-    row_shape: ListShape
-    col_shape: ListShape
+    row_format: ListFormat
+    col_format: ListFormat
+    rows: EntryWords
+    cols: EntryWords
     row_masks: NDArray[np.int32]
     col_masks: NDArray[np.int32]
     row_weight: NDArray[np.float32]
     unit_weight: bool
 
-
-class FlatEntries(NamedTuple):
-    """A list before it is cut: one row per entry, in the order in which a kernel walks them."""
-
-    tile: NDArray[np.int64]
-    other: NDArray[np.int64]
-    softmax_set: NDArray[np.int64]
-    mask: NDArray[np.int64]
-    flags: NDArray[np.int64]
+    @property
+    def one_set_each(self) -> bool:
+        """Whether each q tile has exactly the set of its own number."""
+        return self.row_format.field("softmax_set") is None
 
 
 def lower_plan(plan: BlockSparsePlan) -> LoweredPlan:
@@ -118,17 +135,24 @@ def lower_plan(plan: BlockSparsePlan) -> LoweredPlan:
     tile_set = np.full(plan.num_q_tiles, num_sets - 1, np.int32)
     has_set = np.diff(plan.set_ptr) > 0
     tile_set[has_set] = plan.set_ptr[:-1][has_set]
-    one_set_each = num_sets == plan.num_q_tiles and np.array_equal(tile_set, np.arange(num_sets))
+    set_tile = np.zeros(num_sets, np.int32)
+    set_tile[: plan.num_sets] = plan.set_tile
+    silent = ["mask"] if not masks.shape[0] else []
+    if num_sets == plan.num_q_tiles and np.array_equal(tile_set, np.arange(num_sets)):
+        silent.append("softmax_set")
     row_weight = np.zeros((num_sets, 1, plan.block_q), np.float32)
     row_weight[: plan.num_sets, 0] = plan.row_weight
+    row_format, packed_rows = pack_lists([rows], "q", silent)
+    col_format, packed_cols = pack_lists([cols], "kv", silent)
     return LoweredPlan(
         num_sets=num_sets,
         tile_set=tile_set,
+        set_tile=set_tile,
         max_sets=max(plan.max_sets, 1),
-        rows=cut(rows, "q", drop_set=one_set_each, drop_mask=not masks.shape[0]),
-        cols=cut(cols, "kv", drop_set=one_set_each, drop_mask=not masks.shape[0]),
-        row_shape=list_shape(rows, "q"),
-        col_shape=list_shape(cols, "kv"),
+        row_format=row_format,
+        col_format=col_format,
+        rows=packed_rows[0],
+        cols=packed_cols[0],
         row_masks=pack_along_sublanes(masks, plan.block_kv, transpose=False),
         col_masks=pack_along_sublanes(masks, plan.block_kv, transpose=True),
         row_weight=row_weight,
@@ -179,79 +203,90 @@ def flat_lists(plan: BlockSparsePlan) -> tuple[FlatEntries, FlatEntries, NDArray
     return rows, cols, masks
 
 
-def cut(entries: FlatEntries, side: str, *, drop_set: bool, drop_mask: bool) -> EntryList:
-    """The list in chunks of equal length; the padding at a chunk's end repeats its last entry without flags."""
-    starts, length = chunk_bounds(entries, side)
-    stops = np.append(starts[1:], entries.tile.size)
-    index = np.minimum(starts[:, None] + np.arange(length), stops[:, None] - 1)
-    padding = starts[:, None] + np.arange(length) >= stops[:, None]
+def pack_lists(
+    lists: Sequence[FlatEntries], side: str, silent: Collection[str] = ()
+) -> tuple[ListFormat, list[EntryWords]]:
+    """One format for several lists (the shards of a plan), and each list in that format.
 
-    def shrink(values: NDArray[np.int64]) -> NDArray[np.integer]:
-        return values[index].astype(index_type(int(values.max(initial=0))))
+    Padding at the end of a chunk repeats its last entry, without flags; so does the padding of shorter lists.
 
-    return EntryList(
-        shrink(entries.tile),
-        shrink(entries.other),
-        None if drop_set else shrink(entries.softmax_set),
-        None if drop_mask else shrink(entries.mask),
-        np.where(padding, 0, entries.flags[index]).astype(np.int8),
-    )
-
-
-def list_shape(entries: FlatEntries, side: str) -> ListShape:
-    starts, length = chunk_bounds(entries, side)
-    full, masked = (entries.flags & FULL) > 0, (entries.flags & MASKED) > 0
-    return ListShape(
-        chunks=starts.size,
-        length=length,
-        has_full=bool(full.any()),
-        has_masked=bool(masked.any()),
-        computed=int(full.sum() + masked.sum()),
-    )
-
-
-def chunk_bounds(entries: FlatEntries, side: str) -> tuple[NDArray[np.int64], int]:
-    """First entry of each chunk, and the length of the longest.
+    Args:
+        side: ``"q"`` or ``"kv"``: what a tile is, for messages.
+        silent: Fields to leave out.
 
     Raises:
-        PlanError: The entries of one tile do not fit; the message has the numbers.
+        PlanError: The entries of one tile do not fit into scalar memory; the message has the numbers.
+    """
+    fields, words = _fields(lists, silent)
+    starts = [chunk_starts(entries, words, side) for entries in lists]
+    chunks = max(s.size for s in starts)
+    # Shorter lists get empty chunks.
+    starts = [np.append(s, np.full(chunks - s.size, e.tile.size)) for s, e in zip(starts, lists, strict=True)]
+    stops = [np.append(s[1:], e.tile.size) for s, e in zip(starts, lists, strict=True)]
+    length = max(int((stop - start).max(initial=0)) for start, stop in zip(starts, stops, strict=True))
+    kinds = np.bitwise_or.reduce(np.concatenate([entries.flags for entries in lists]), initial=0)
+    form = ListFormat(fields, words, chunks, length, bool(kinds & FULL), bool(kinds & MASKED))
+    packed = []
+    for entries, start, stop in zip(lists, starts, stops, strict=True):
+        place = start[:, None] + np.arange(length)
+        beyond = place >= stop[:, None]
+        index = np.clip(np.minimum(place, stop[:, None] - 1), 0, None)
+        padded = FlatEntries(*(values[index] for values in entries))
+        packed.append(_pack(form, padded._replace(flags=np.where(beyond, 0, padded.flags))))
+    return form, packed
+
+
+def _fields(lists: Sequence[FlatEntries], silent: Collection[str]) -> tuple[tuple[tuple[str, Field], ...], int]:
+    """Fields in as few words as first fit finds, widest first; none lies across two words."""
+    largest = {
+        name: max(int(getattr(entries, name).max(initial=0)) for entries in lists)
+        for name in FlatEntries._fields
+        if name not in silent
+    }
+    used: list[int] = []
+    fields = []
+    for name in sorted(largest, key=lambda name: -largest[name]):
+        bits = max(1, largest[name].bit_length())
+        word = next((i for i, taken in enumerate(used) if taken + bits <= 32), len(used))
+        if word == len(used):
+            used.append(0)
+        fields.append((name, Field(word, used[word], bits)))
+        used[word] += bits
+    return tuple(fields), len(used)
+
+
+def _pack(form: ListFormat, entries: FlatEntries) -> EntryWords:
+    words = [np.zeros(entries.tile.shape, np.uint32) for _ in range(form.words)]
+    for name, field in form.fields:
+        words[field.word] |= getattr(entries, name).astype(np.uint32) << np.uint32(field.shift)
+    return tuple(word.view(np.int32) for word in words)
+
+
+def chunk_starts(entries: FlatEntries, words: int, side: str) -> NDArray[np.int64]:
+    """First entry of each chunk.
+
+    Raises:
+        PlanError: The entries of one tile do not fit.
     """
     size = entries.tile.size
-    if size == 0:
-        return np.zeros(0, np.int64), 0
-    capacity = LIST_BYTES // entry_bytes(entries)
+    capacity = LIST_BYTES // (4 * words)
     if size <= capacity:
-        return np.zeros(1, np.int64), size
+        return np.zeros(1, np.int64)
     tile_starts = np.flatnonzero(entries.flags & FIRST_OF_TILE)
-    per_tile = np.diff(np.append(tile_starts, size))
-    if per_tile.max() > capacity:
+    most = int(np.diff(np.append(tile_starts, size)).max())
+    if most > capacity:
         raise PlanError(
             f"the entries of one {side} tile must fit into {LIST_BYTES} bytes of TPU scalar memory: at most "
-            f"{capacity} entries, got {per_tile.max()}; larger tiles have fewer entries"
+            f"{capacity} entries, got {most}; larger tiles have fewer entries"
         )
     # As few chunks as possible, each as close to the average as whole tiles allow.
     chunks = -(-size // capacity)
     while True:
-        starts = _balanced_starts(tile_starts, size, chunks)
-        length = int(np.diff(np.append(starts, size)).max())
-        if length <= capacity:
-            return starts, length
+        wanted = np.arange(chunks) * size // chunks
+        starts = np.unique(tile_starts[np.searchsorted(tile_starts, wanted, side="right") - 1])
+        if np.diff(np.append(starts, size)).max() <= capacity:
+            return starts
         chunks += 1
-
-
-def _balanced_starts(tile_starts: NDArray[np.int64], size: int, chunks: int) -> NDArray[np.int64]:
-    wanted = np.arange(chunks) * size // chunks
-    return np.unique(tile_starts[np.searchsorted(tile_starts, wanted, side="right") - 1])
-
-
-def entry_bytes(entries: FlatEntries) -> int:
-    """Bytes of scalar memory per entry: its four indices, and its flags as a byte."""
-    return 1 + sum(np.dtype(index_type(int(values.max(initial=0)))).itemsize for values in entries[:4])
-
-
-def index_type(largest: int) -> type[np.signedinteger]:
-    """The smallest integer type of scalar memory that holds ``0..largest``."""
-    return next(kind for kind in (np.int8, np.int16, np.int32) if largest <= np.iinfo(kind).max)
 
 
 def _take(entries: FlatEntries, order: NDArray[np.intp]) -> FlatEntries:

@@ -191,6 +191,10 @@ def backward_q_kernel(
 ):
     """``dq = scale * sum_s ds_s k`` for one block of rows of one head."""
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
+    N_BLOCKS_MASKED: tl.constexpr = (BLOCK_KV + BLOCK_N_MASKED - 1) // BLOCK_N_MASKED
+    KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # blocks reach beyond the tile
+    MASKED_PADDED: tl.constexpr = N_BLOCKS_MASKED * BLOCK_N_MASKED != BLOCK_KV
     program = tl.program_id(0)
     batch_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -241,28 +245,30 @@ def backward_q_kernel(
                 else:
                     entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
                     entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-                N: tl.constexpr = BLOCK_N_MASKED if MASKED else BLOCK_N
-                N_BLOCKS: tl.constexpr = (BLOCK_KV + N - 1) // N
-                KEYS_PADDED: tl.constexpr = N_BLOCKS * N != BLOCK_KV  # blocks reach beyond the tile
                 begin = tl.load(entry_ptr)
                 end = tl.load(entry_ptr + 1)
                 # Loaded one step ahead, so that the loads of k and v can be pipelined (past the end: unused).
                 next_position = tl.load(entry_position + begin)
+                steps = N_BLOCKS
                 if MASKED:
                     next_count = tl.load(entry_count + begin)
                     next_mask = tl.load(entry_mask + begin)
-                for step in range(begin * N_BLOCKS, end * N_BLOCKS):
-                    n_start = (step % N_BLOCKS) * N
-                    next_entry = (step + 1) // N_BLOCKS
-                    o_n = n_start + tl.arange(0, N)
-                    m_n = o_n < BLOCK_KV
+                    steps = N_BLOCKS_MASKED
+                for step in range(begin * steps, end * steps):
                     kv_position = next_position
-                    next_position = tl.load(entry_position + next_entry)
                     if MASKED:
+                        n_start = (step % N_BLOCKS_MASKED) * BLOCK_N_MASKED
+                        o_n = n_start + tl.arange(0, BLOCK_N_MASKED)
                         m_n = o_n < next_count
                         mask_id = next_mask
+                        next_entry = (step + 1) // N_BLOCKS_MASKED
                         next_count = tl.load(entry_count + next_entry)
                         next_mask = tl.load(entry_mask + next_entry)
+                    else:
+                        o_n = (step % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+                        m_n = o_n < BLOCK_KV
+                        next_entry = (step + 1) // N_BLOCKS
+                    next_position = tl.load(entry_position + next_entry)
                     p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
                     p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
                     b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
@@ -272,9 +278,13 @@ def backward_q_kernel(
                     b_s = b_s * scale_log2
                     # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
                     if MASKED:
-                        allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, N, False)
+                        allowed = tile_mask(
+                            p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N_MASKED, False
+                        )
+                        if MASKED_PADDED:
+                            allowed = allowed & m_n[None, :]
                         b_s = tl.where(allowed, b_s, float("-inf"))
-                    if KEYS_PADDED:
+                    elif KEYS_PADDED:
                         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
                     if SIGMOID:
                         b_p = sigmoid2(b_s)
@@ -353,6 +363,9 @@ def backward_kv_kernel(
     The query heads of the group are added in the program, in order, so grouped heads need no atomics either.
     Scores are computed transposed, ``[keys, rows]``, so that ``p`` and ``ds`` are left operands from registers.
     """
+    M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    M_BLOCKS_MASKED: tl.constexpr = (BLOCK_Q + BLOCK_M_MASKED - 1) // BLOCK_M_MASKED
+    ROWS_PADDED: tl.constexpr = M_BLOCKS * BLOCK_M != BLOCK_Q  # blocks reach beyond the tile
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     batch_kv_head = (program // blocks_per_head).to(tl.int64)
@@ -396,29 +409,31 @@ def backward_kv_kernel(
                 entry_end = p_columns + tl.load(p_columns + COLUMNS_FULL_END) + tile
                 entry_position = p_columns + tl.load(p_columns + COLUMNS_FULL_POSITION)
                 entry_set = p_columns + tl.load(p_columns + COLUMNS_FULL_SET)
-            M: tl.constexpr = BLOCK_M_MASKED if MASKED else BLOCK_M
-            M_BLOCKS: tl.constexpr = (BLOCK_Q + M - 1) // M
-            ROWS_PADDED: tl.constexpr = M_BLOCKS * M != BLOCK_Q
             begin = tl.load(entry_begin)
             end = tl.load(entry_end)
             next_position = tl.load(entry_position + begin)
             next_set = tl.load(entry_set + begin)
+            steps = M_BLOCKS
             if MASKED:
                 next_count = tl.load(entry_count + begin)
                 next_mask = tl.load(entry_mask + begin)
-            for step in range(begin * M_BLOCKS, end * M_BLOCKS):
-                next_entry = (step + 1) // M_BLOCKS
-                o_m = (step % M_BLOCKS) * M + tl.arange(0, M)
-                m_m = o_m < BLOCK_Q
+                steps = M_BLOCKS_MASKED
+            for step in range(begin * steps, end * steps):
                 q_position = next_position
                 s = next_set.to(tl.int64)
-                next_position = tl.load(entry_position + next_entry)
-                next_set = tl.load(entry_set + next_entry)
                 if MASKED:
+                    o_m = (step % M_BLOCKS_MASKED) * BLOCK_M_MASKED + tl.arange(0, BLOCK_M_MASKED)
                     m_m = o_m < next_count
                     mask_id = next_mask
+                    next_entry = (step + 1) // M_BLOCKS_MASKED
                     next_count = tl.load(entry_count + next_entry)
                     next_mask = tl.load(entry_mask + next_entry)
+                else:
+                    o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    m_m = o_m < BLOCK_Q
+                    next_entry = (step + 1) // M_BLOCKS
+                next_position = tl.load(entry_position + next_entry)
+                next_set = tl.load(entry_set + next_entry)
                 p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
                 p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
                 b_q = load_rows(p_q_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [M, D]

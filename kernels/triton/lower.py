@@ -18,22 +18,22 @@ _MAX_BLOCK = 256  # keys of the largest block
 
 
 @dataclass(frozen=True)
-class LoweredRows:
+class LoweredPlan:
     """What the forward and the dQ kernel read: the plan seen from the queries.
 
     Attributes:
         rows: int32, the packed lists of ``layout.ROWS_*``.
         tokens: int32 token table: query tiles first, then kv tiles; one unused element for contiguous plans.
-        masks: int32, the plan's masks in words of 32 keys, see :func:`mask_words`.
+        masks: int32, the masks in words of 32 keys, see :func:`mask_words`.
         row_weight: ``(num_sets, block_q)`` float32, the plan's own weights.
+        contiguous: Whether every tile is a slice of the tokens.
+        many_sets: Whether a q tile may have more than one softmax set.
     """
 
     rows: torch.Tensor
     tokens: torch.Tensor
     masks: torch.Tensor
     row_weight: torch.Tensor
-    num_q: int
-    num_kv: int
     block_q: int
     block_kv: int
     q_tiles: int
@@ -42,110 +42,51 @@ class LoweredRows:
     many_sets: bool
 
 
-def _pack(fields: dict[int, NDArray[np.integer]], header: int) -> NDArray[np.int32]:
+def _pack(lists: dict[int, NDArray[np.integer]]) -> NDArray[np.int32]:
     """One int32 array: a header of offsets, then the lists in the order of their field numbers."""
-    lists = [fields[i] for i in range(header)]
-    sizes = np.array([header] + [a.size for a in lists], np.int64)
-    offsets = np.cumsum(sizes)
-    if offsets[-1] > _INT32_MAX:
-        raise PlanError(
-            f"the plan must have at most {_INT32_MAX} list elements to run on the triton backend, got {offsets[-1]}"
-        )
-    # The kernels load one element past a list, ahead of the loop's end.
-    return np.concatenate([offsets[:-1], *lists, [0]]).astype(np.int32)
+    ordered = [lists[i].ravel() for i in range(len(lists))]
+    offsets = np.cumsum([len(lists), *(a.size for a in ordered)])
+    if offsets[-1] >= _INT32_MAX - layout.ENTRY_SIZE.value:
+        raise PlanError(f"the triton backend needs a plan of fewer than {_INT32_MAX} list elements, got {offsets[-1]}")
+    # The kernels load one entry past the last, ahead of the loop's end.
+    return np.concatenate([offsets[:-1], *ordered, np.zeros(layout.ENTRY_SIZE.value)]).astype(np.int32)
 
 
-def _positions(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _positions(plan: BlockSparsePlan) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """Per q tile and per kv tile: its first token (contiguous plans), or its place in the token table."""
     if plan.is_contiguous:
-        # A tile of padding alone has no token; its count of 0 keeps any position unused.
-        return np.maximum(plan.q_tokens[:, 0], 0).astype(np.int64), np.maximum(plan.kv_tokens[:, 0], 0).astype(np.int64)
+        return plan.q_tokens[:, 0], plan.kv_tokens[:, 0]
     kv_start = plan.q_tokens.size
     return (
-        np.arange(plan.num_q_tiles, dtype=np.int64) * plan.block_q,
-        kv_start + np.arange(plan.num_kv_tiles, dtype=np.int64) * plan.block_kv,
+        np.arange(plan.num_q_tiles) * plan.block_q,
+        kv_start + np.arange(plan.num_kv_tiles) * plan.block_kv,
     )
 
 
-def _pointers(member: NDArray[np.bool_], ptr: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Pointers into the sub-list of the ``member`` entries, for lists that are cut up by ``ptr``."""
-    return np.concatenate([[0], np.cumsum(member, dtype=np.int64)])[ptr]
-
-
-def pack_rows(plan: BlockSparsePlan) -> NDArray[np.int32]:
-    """The ``rows`` array; see ``layout``."""
-    q_position, kv_position = _positions(plan)
-    entry_count = plan.kv_count[plan.entry_kv]
-    full = (plan.entry_mask < 0) & (entry_count == plan.block_kv)
-    entry_position = kv_position[plan.entry_kv]
-    return _pack(
-        {
-            layout.ROWS_WORK.value: plan.q_work,
-            layout.ROWS_POSITION.value: q_position,
-            layout.ROWS_COUNT.value: plan.q_count,
-            layout.ROWS_SET_PTR.value: plan.set_ptr,
-            layout.ROWS_SET_TILE.value: plan.set_tile,
-            layout.ROWS_FULL_PTR.value: _pointers(full, plan.entry_ptr),
-            layout.ROWS_FULL_POSITION.value: entry_position[full],
-            layout.ROWS_PARTIAL_PTR.value: _pointers(~full, plan.entry_ptr),
-            layout.ROWS_PARTIAL_POSITION.value: entry_position[~full],
-            layout.ROWS_PARTIAL_COUNT.value: entry_count[~full],
-            layout.ROWS_PARTIAL_MASK.value: _entry_masks(plan)[~full],
-        },
-        layout.ROWS_FIELDS.value,
-    )
-
-
-def pack_columns(plan: BlockSparsePlan) -> NDArray[np.int32]:
-    """The ``columns`` array; see ``layout``."""
-    q_position, kv_position = _positions(plan)
-    transpose = plan.transpose
-    entry_count = plan.q_count[transpose.entry_q]
-    full = (transpose.entry_mask < 0) & (entry_count == plan.block_q)
-    entry_position = q_position[transpose.entry_q]
-    full_ptr = _pointers(full, transpose.entry_ptr)
-    partial_ptr = _pointers(~full, transpose.entry_ptr)
-    return _pack(
-        {
-            layout.COLUMNS_WORK.value: plan.kv_work,
-            layout.COLUMNS_POSITION.value: kv_position,
-            layout.COLUMNS_COUNT.value: plan.kv_count,
-            layout.COLUMNS_FULL_BEGIN.value: full_ptr[:-1],
-            layout.COLUMNS_FULL_END.value: full_ptr[1:],
-            layout.COLUMNS_FULL_POSITION.value: entry_position[full],
-            layout.COLUMNS_FULL_SET.value: transpose.entry_set[full],
-            layout.COLUMNS_PARTIAL_BEGIN.value: partial_ptr[:-1],
-            layout.COLUMNS_PARTIAL_END.value: partial_ptr[1:],
-            layout.COLUMNS_PARTIAL_POSITION.value: entry_position[~full],
-            layout.COLUMNS_PARTIAL_SET.value: transpose.entry_set[~full],
-            layout.COLUMNS_PARTIAL_COUNT.value: entry_count[~full],
-            layout.COLUMNS_PARTIAL_MASK.value: _entry_masks(plan)[transpose.entry][~full],
-        },
-        layout.COLUMNS_FIELDS.value,
-    )
-
-
-def _padding_pairs(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """For each entry the number of its (rows, keys) pair among the distinct ones, and these pairs."""
+def _padding(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct (rows, keys) of the visited tiles, and which of them each entry has."""
     rows = plan.q_count.astype(np.int64)[plan.set_tile[plan.entry_set]]
     keys = plan.kv_count.astype(np.int64)[plan.entry_kv]
-    pairs, number = np.unique(rows * (plan.block_kv + 1) + keys, return_inverse=True)
-    return number, pairs // (plan.block_kv + 1), pairs % (plan.block_kv + 1)
+    pairs, which = np.unique(rows * (plan.block_kv + 1) + keys, return_inverse=True)
+    return pairs // (plan.block_kv + 1), pairs % (plan.block_kv + 1), which
 
 
 def _entry_masks(plan: BlockSparsePlan) -> NDArray[np.int64]:
-    """The mask of each entry; full tiles get one that allows all but their padding (see :func:`mask_words`)."""
-    number, _, _ = _padding_pairs(plan)
-    return np.where(plan.entry_mask < 0, plan.num_masks + number, plan.entry_mask)
+    """The mask of each entry; a full tile with padding gets one that leaves the padding out."""
+    rows, keys, which = _padding(plan)
+    unpadded = (rows == plan.block_q) & (keys == plan.block_kv)
+    of_full_tile = np.where(unpadded, -1, plan.num_masks + np.arange(rows.size))[which]
+    return np.where(plan.entry_mask < 0, of_full_tile, plan.entry_mask)
 
 
 def mask_words(plan: BlockSparsePlan) -> NDArray[np.int32]:
     """Masks as ``(masks, block_q, ceil(block_kv / 32))`` int32 words, flat: key ``j`` of a row is bit ``j % 32`` of
-    its word ``j // 32``. First the plan's own, then one for every number of rows and keys that a tile has: a full
-    tile with padding is a partial one to the kernels. A few unused words end the array, because the last block of
-    a padded tile reads them.
+    its word ``j // 32``.
+
+    First the plan's own, then one for every number of rows and keys that a tile has. A few unused words end the
+    array, because the last block of a padded tile reads them.
     """
-    _, rows, keys = _padding_pairs(plan)
+    rows, keys, _ = _padding(plan)
     inside_rows = np.arange(plan.block_q) < rows[:, None]
     inside_keys = np.arange(plan.block_kv) < keys[:, None]
     masks = np.concatenate([plan.masks, pack_masks(inside_rows[:, :, None] & inside_keys[:, None, :])])
@@ -155,26 +96,80 @@ def mask_words(plan: BlockSparsePlan) -> NDArray[np.int32]:
     return np.concatenate([packed.view("<i4").astype(np.int32).ravel(), np.zeros(_MAX_BLOCK // 32, np.int32)])
 
 
-def lower_rows(plan: BlockSparsePlan, device: torch.device) -> LoweredRows:
-    """The plan's tensors on ``device``, made once per plan and device."""
+def pack_rows(plan: BlockSparsePlan) -> NDArray[np.int32]:
+    """The ``rows`` array; see ``layout``."""
+    q_position, kv_position = _positions(plan)
+    return _pack(
+        {
+            layout.ROWS_WORK.value: plan.q_work,
+            layout.ROWS_POSITION.value: q_position,
+            layout.ROWS_COUNT.value: plan.q_count,
+            layout.ROWS_SET_PTR.value: plan.set_ptr,
+            layout.ROWS_SET_TILE.value: plan.set_tile,
+            layout.ROWS_BEGIN.value: plan.entry_ptr[:-1],
+            layout.ROWS_END.value: plan.entry_ptr[1:],
+            layout.ROWS_ENTRY.value: _entries(
+                kv_position[plan.entry_kv], plan.kv_count[plan.entry_kv], _entry_masks(plan), plan.entry_set
+            ),
+        }
+    )
 
-    def lower(plan: BlockSparsePlan) -> LoweredRows:
+
+def pack_columns(plan: BlockSparsePlan) -> NDArray[np.int32]:
+    """The ``columns`` array; see ``layout``."""
+    q_position, kv_position = _positions(plan)
+    seen = plan.transpose
+    return _pack(
+        {
+            layout.COLUMNS_WORK.value: plan.kv_work,
+            layout.COLUMNS_POSITION.value: kv_position,
+            layout.COLUMNS_COUNT.value: plan.kv_count,
+            layout.COLUMNS_BEGIN.value: seen.entry_ptr[:-1],
+            layout.COLUMNS_END.value: seen.entry_ptr[1:],
+            layout.COLUMNS_ENTRY.value: _entries(
+                q_position[seen.entry_q], plan.q_count[seen.entry_q], _entry_masks(plan)[seen.entry], seen.entry_set
+            ),
+        }
+    )
+
+
+def _entries(
+    position: NDArray[np.integer],
+    count: NDArray[np.integer],
+    mask: NDArray[np.integer],
+    softmax_set: NDArray[np.integer],
+) -> NDArray[np.integer]:
+    """``(entries, ENTRY_SIZE)``."""
+    columns = {
+        layout.ENTRY_POSITION.value: position,
+        layout.ENTRY_COUNT.value: count,
+        layout.ENTRY_MASK.value: mask,
+        layout.ENTRY_SET.value: softmax_set,
+    }
+    return np.stack([columns[i] for i in range(layout.ENTRY_SIZE.value)], axis=1)
+
+
+def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
+    """The plan's tensors on ``device``, made once per plan and device.
+
+    Raises:
+        PlanError: The plan has more list elements or weights than 32-bit indices reach.
+    """
+
+    def lower(plan: BlockSparsePlan) -> LoweredPlan:
         if plan.row_weight.size > _INT32_MAX:
             raise PlanError(
-                f"the plan must have at most {_INT32_MAX} row weights to run on the triton backend, "
-                f"got {plan.row_weight.size}"
+                f"the triton backend needs a plan of at most {_INT32_MAX} row weights, got {plan.row_weight.size}"
             )
         tokens = np.zeros(1, np.int32)
         if not plan.is_contiguous:
             # Padding becomes token 0: safe to load, and left out by counts and masks.
             tokens = np.maximum(np.concatenate([plan.q_tokens.ravel(), plan.kv_tokens.ravel()]), 0)
-        return LoweredRows(
+        return LoweredPlan(
             rows=_to(pack_rows(plan), device),
             tokens=_to(tokens, device),
             masks=_to(mask_words(plan), device),
             row_weight=_to(plan.row_weight, device),
-            num_q=plan.num_q,
-            num_kv=plan.num_kv,
             block_q=plan.block_q,
             block_kv=plan.block_kv,
             q_tiles=plan.num_q_tiles,

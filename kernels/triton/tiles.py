@@ -30,16 +30,12 @@ def row_pointers(base, stride, p_tokens, position, offsets, o_d, inside, CONTIGU
 
 
 @triton.jit
-def load_rows(pointers, inside, o_d, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """``[rows, D]``, 0 beyond ``HEAD_DIM`` and, when ``MASKED``, in rows that are not ``inside``."""
-    if MASKED and HEAD_DIM != D:
-        return tl.load(pointers, mask=inside[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif HEAD_DIM != D:
-        return tl.load(pointers, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+def load_rows(pointers, inside, o_d, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """``[rows, D]``, 0 in rows that are not ``inside`` and beyond ``HEAD_DIM``."""
+    mask = inside[:, None]
+    if HEAD_DIM != D:
+        mask = mask & (o_d < HEAD_DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,6 +45,19 @@ def store_rows(pointers, value, inside, o_d, HEAD_DIM: tl.constexpr, D: tl.const
     if HEAD_DIM != D:
         mask = mask & (o_d < HEAD_DIM)[None, :]
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_mask(p_masks, mask_id, o_m, n_start, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One or more words ``[rows]`` of 32 keys each of a stored mask; nothing is read for ``mask_id == -1``.
+
+    Returns a tuple of (at most 8) words; those that the block does not have repeat the first.
+    """
+    WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
+    stored = o_m < tl.where(mask_id >= 0, BLOCK_Q, 0)
+    # The division is exact: BLOCK_N is 16 and the only block, or a multiple of 32.
+    p_row = p_masks + mask_id.to(tl.int64) * (BLOCK_Q * WORDS) + o_m * WORDS + n_start // 32
+    return p_row, stored
 
 
 @triton.jit

@@ -147,7 +147,10 @@ def _run_jax(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str
         def call(q: Any, k: Any, v: Any, row_weight: Any = None) -> Any:
             return block_sparse_attention(q, k, v, plan, row_weight=row_weight, **_keywords(backend, options))
 
-        @jax.jit
+        # Code quality of the test program does not matter, and compiling it takes longer than running it.
+        quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+        @jax.jit(compiler_options=quick if jax.default_backend() == "cpu" else None)
         def forward_and_backward(operands: list[Any], cotangents: Any) -> Any:
             result, pull_back = jax.vjp(call, *operands)
             return result, pull_back(cotangents)

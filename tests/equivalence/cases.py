@@ -13,6 +13,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from canvas_engineering.canvas import CanvasLayout, RegionSpec
+from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+from canvas_engineering.masks import MaskSpec
 from canvas_engineering.plan import BlockSparsePlan
 from equivalence.build import plan_from_dense
 
@@ -167,6 +170,43 @@ def _permuted(bq: int, bkv: int) -> BlockSparsePlan:
     )
 
 
+def _canvas(bq: int, bkv: int) -> tuple[CanvasLayout, CanvasTopology]:
+    """Two overlapping regions of different rates and a third, with every fill mode, a window and an own frame."""
+    side = max(2, max(bq, bkv) // 8)
+    regions: dict[str, tuple[int, ...] | RegionSpec] = {
+        "fast": (0, 5, 0, side, 0, 4),
+        "slow": RegionSpec((0, 3, side - 1, side + 2, 1, 5), period=2),
+        "goal": (0, 1, 0, 2, 4, 6),
+    }
+    layout = CanvasLayout(T=5, H=side + 3, W=6, d_model=8, regions=regions)
+    hold, interpolate, drop = TemporalFill.HOLD, TemporalFill.INTERPOLATE, TemporalFill.DROP
+    return layout, CanvasTopology(
+        [
+            Connection("fast", "fast", t_src=0, t_dst=0, weight=2.0),
+            Connection("fast", "slow", t_src=0, t_dst=0, temporal_fill=interpolate),
+            Connection("fast", "slow", t_src=0, t_dst=-1, temporal_fill=hold, weight=0.5),
+            Connection("slow", "fast", t_src=0, t_dst=1, temporal_fill=drop),
+            Connection("slow", "slow", mask=MaskSpec("window", window_shape=(1, 3, 3))),
+            Connection("slow", "goal"),
+            Connection("goal", "fast", t_dst=0),
+        ]
+    )
+
+
+def _topology(bq: int, bkv: int) -> BlockSparsePlan:
+    layout, topology = _canvas(bq, bkv)
+    return BlockSparsePlan.from_topology(topology, layout, block_q=bq, block_kv=bkv)
+
+
+def _joint(bq: int, bkv: int) -> BlockSparsePlan:
+    layout, topology = _canvas(bq, bkv)
+    return BlockSparsePlan.from_topology(topology, layout, softmax="joint", block_q=bq, block_kv=bkv)
+
+
+def _in_plan_order(bq: int, bkv: int) -> BlockSparsePlan:
+    return _topology(bq, bkv).in_plan_order
+
+
 CASES = (
     Case("dense", _dense, batch=2),
     Case("blocks", _blocks, heads_q=4, heads_kv=2),
@@ -179,5 +219,8 @@ CASES = (
     Case("one_token", _one_token, head_dim=8),
     Case("one_key", _one_key),
     Case("permuted", _permuted, batch=2, heads_q=4, heads_kv=2),
+    Case("topology", _topology),
+    Case("joint", _joint, heads_q=4, heads_kv=1),
+    Case("in_plan_order", _in_plan_order, batch=2),
 )
 BY_NAME = {case.name: case for case in CASES}

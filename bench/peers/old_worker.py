@@ -1,0 +1,122 @@
+"""Runs canvas-engineering 0.5.0 in a process of its own, driven over pipes by ``old_release.py``.
+
+Reads one JSON object per line from standard input, answers with one on standard output. Arrays travel as ``.npz``
+files in a folder that the driver makes. Imports nothing of this repository: it runs where only 0.5.0 is installed.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Worker:
+    """One dispatcher with its input."""
+
+    def hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"version": version("canvas-engineering"), "torch": torch.__version__}
+
+    def build(self, request: dict[str, Any]) -> dict[str, Any]:
+        from canvas_engineering.canvas import CanvasLayout, RegionSpec
+        from canvas_engineering.connectivity import CanvasTopology, Connection, TemporalFill
+        from canvas_engineering.dispatch import AttentionDispatcher
+
+        torch.set_num_threads(request["threads"])
+        arrays = dict(np.load(request["arrays"]))
+        start = time.perf_counter()
+        layout = CanvasLayout(
+            T=request["frames"],
+            spatial_shape=tuple(request["spatial_shape"]),
+            d_model=request["d_model"],
+            regions={
+                name: RegionSpec(bounds=tuple(region["bounds"]), period=region["period"])
+                for name, region in request["regions"].items()
+            },
+        )
+        connections = [
+            Connection(**{**edge, "temporal_fill": TemporalFill(edge["temporal_fill"])})
+            for edge in request["connections"]
+        ]
+        self.module = AttentionDispatcher(
+            CanvasTopology(connections=connections), layout, request["d_model"], n_heads=request["heads"]
+        )
+        seconds = time.perf_counter() - start
+        # No strict=False: a missing or additional parameter would mean that another function is timed.
+        self.module.load_state_dict(
+            {name[2:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("p:")}
+        )
+        self.phase = request["phase"]
+        training = self.phase != "forward"
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(training)
+        self.x = torch.from_numpy(arrays["x"]).requires_grad_(training)
+        self.grad_out = torch.from_numpy(arrays["grad_out"])
+        return {"seconds": seconds}
+
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        return {"x": self.x, **dict(self.module.named_parameters())}
+
+    def outputs(self, request: dict[str, Any]) -> dict[str, Any]:
+        cotangent = np.load(request["cotangent"])["cotangent"] if request["cotangent"] else None
+        if cotangent is None or self.phase == "forward":
+            with torch.no_grad():
+                found = {"out": self.module(self.x)}
+        else:
+            out = self.module(self.x)
+            grads = torch.autograd.grad(out, list(self._leaves().values()), torch.from_numpy(cotangent).to(out))
+            found = {"out": out, **{f"d{name}": grad for name, grad in zip(self._leaves(), grads)}}  # noqa: B905
+        np.savez(request["to"], **{name: tensor.detach().double().numpy() for name, tensor in found.items()})
+        return {}
+
+    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.phase == "forward":
+            with torch.no_grad():
+                start = time.perf_counter()
+                self.module(self.x)
+                return {"seconds": time.perf_counter() - start}
+        start = time.perf_counter()
+        out = self.module(self.x)
+        middle = time.perf_counter()
+        torch.autograd.grad(out, list(self._leaves().values()), self.grad_out)
+        end = time.perf_counter()
+        return {"seconds": end - (middle if self.phase == "backward" else start)}
+
+    def probe(self, request: dict[str, Any]) -> dict[str, Any]:
+        # memory.py stands beside this folder and imports nothing but the standard library.
+        path = Path(__file__).resolve().parents[1] / "memory.py"
+        spec = importlib.util.spec_from_file_location("bench_memory", path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot load {path.name}")
+        memory = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(memory)
+        taken: list[float] = []
+        peak = memory.peak_bytes(lambda: taken.append(self.sample(request)["seconds"]))
+        return {"seconds": taken[0], "bytes": peak}
+
+    def release(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.__dict__.clear()
+        return {}
+
+
+def main() -> None:
+    worker = Worker()
+    # Whatever the old package prints must not get between the answers.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("op"))(request)
+        except (RuntimeError, ValueError, TypeError, KeyError, ImportError, AttributeError, MemoryError) as error:
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
