@@ -54,7 +54,7 @@ class BoxPattern:
     def dense(self) -> NDArray[np.bool_]:
         """``(rows, columns)`` bool."""
         inside = (self.lo[:, None] <= self.coords[None]) & (self.coords[None] < self.hi[:, None])
-        return inside.all(axis=2)
+        return np.asarray(inside.all(axis=2))
 
 
 @dataclass(frozen=True, eq=False)

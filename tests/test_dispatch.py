@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from canvas_engineering.attention import ATTENTION_REGISTRY, register_attention
 from canvas_engineering.attention.base import split_heads
-from canvas_engineering.attention.patterned import RandomFixedAttention
+from canvas_engineering.attention.patterned import LocalAttention, RandomFixedAttention
 from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.cortex import CortexRegistry, CortexSpec
@@ -128,10 +128,10 @@ def assert_like_by_hand(
     torch.testing.assert_close(dx, want_dx, rtol=1e-6, atol=1e-6)
     for name, parameter in dispatcher.named_parameters():
         got, want = (torch.zeros_like(parameter) if g is None else g for g in (dp[name], want_dp[name]))
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=f"gradient of {name}")
 
 
-REGIONS = {
+REGIONS: dict[str, tuple[int, ...] | RegionSpec] = {
     "a": RegionSpec((0, 3, 0, 3)),
     "b": RegionSpec((0, 3, 2, 5)),  # overlaps a
     "slow": RegionSpec((0, 2, 5, 6), period=2),
@@ -228,13 +228,15 @@ def test_a_row_whose_keys_are_all_out_of_reach_gives_only_the_bias() -> None:
     """Local attention with a window that holds no key: zero before the output projection, never NaN."""
     layout = CanvasLayout(T=1, spatial_shape=(12,), d_model=WIDTH, regions={"q": (0, 1, 0, 10), "k": (0, 1, 10, 12)})
     dispatcher = AttentionDispatcher(CanvasTopology([Connection("q", "k", fn="local_attention")]), layout, WIDTH, 2)
-    dispatcher.fn_modules["local_attention"].window_size = 2
+    local = dispatcher.fn_modules["local_attention"]
+    assert isinstance(local, LocalAttention)
+    local.window_size = 2
     dispatcher = dispatcher.double()
     randomize(dispatcher)
     dispatcher._schedule_seeds = None  # the window was changed after compiling
     y = dispatcher(canvas(layout))
     assert torch.isfinite(y).all()
-    torch.testing.assert_close(y[:, 3], dispatcher.fn_modules["local_attention"].out_proj.bias.expand(2, -1))
+    torch.testing.assert_close(y[:, 3], local.out_proj.bias.expand(2, -1))
 
 
 @pytest.mark.parametrize("fn", ["cross_attention", "sigmoid_attention", "mixture", "gated", "random_fixed"])
@@ -347,7 +349,7 @@ def test_slot_banks_stand_in_for_keys() -> None:
 
 
 def test_residuals_are_accumulated_for_residual_carriers() -> None:
-    regions = {**REGIONS, "err": RegionSpec((0, 3, 6, 7), carrier="residual")}
+    regions: dict[str, tuple[int, ...] | RegionSpec] = {**REGIONS, "err": RegionSpec((0, 3, 6, 7), carrier="residual")}
     layout = CanvasLayout(T=3, spatial_shape=(7,), d_model=WIDTH, regions=regions)
     accumulator = ResidualAccumulator(["err", "b"], ResidualSpec(kinds=("prediction",), reduce="mean", decay=0.5))
     edges = [Connection("a", "err"), Connection("a", "b"), Connection("b", "err", t_src=0, t_dst=0)]
@@ -401,7 +403,9 @@ def test_random_patterns_follow_their_seed_through_a_checkpoint() -> None:
     def build(seed: int) -> AttentionDispatcher:
         torch.manual_seed(seed)
         dispatcher = AttentionDispatcher(CanvasTopology(edges), LAYOUT, WIDTH, 2)
-        dispatcher.fn_modules["random_fixed"].n_random = 2
+        random = dispatcher.fn_modules["random_fixed"]
+        assert isinstance(random, RandomFixedAttention)
+        random.n_random = 2
         dispatcher._schedule_seeds = None
         randomize(dispatcher)
         return dispatcher

@@ -15,7 +15,7 @@ from canvas_engineering.schema import CanvasSchema
 
 
 def layout(**regions: RegionSpec) -> CanvasLayout:
-    return CanvasLayout(T=8, spatial_shape=(8,), d_model=8, regions=regions)
+    return CanvasLayout(T=8, spatial_shape=(8,), d_model=8, regions=dict(regions))
 
 
 FAST = RegionSpec((0, 8, 0, 2))

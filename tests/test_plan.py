@@ -12,15 +12,15 @@ from canvas_strategies import layouts, topologies
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
-from canvas_engineering.canvas import CanvasLayout
+from canvas_engineering.canvas import CanvasLayout, RegionSpec
 from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.errors import CanvasError, PlanError
 from canvas_engineering.groups import resolve_groups
 from canvas_engineering.masks import MaskSpec
-from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan import BlockSize, BlockSparsePlan
 from canvas_engineering.plan.compile import cell_shapes
 
-BLOCKS = st.sampled_from(["auto", 8, 16, 32])
+BLOCKS: st.SearchStrategy[BlockSize] = st.sampled_from(["auto", 8, 16, 32])
 
 
 def meaning(topology: CanvasTopology, layout: CanvasLayout) -> list[list[tuple[bytes, float]]]:
@@ -52,7 +52,7 @@ def assert_same_meaning(plan: BlockSparsePlan, expected: list[list[tuple[bytes, 
 
 
 @given(st.data(), BLOCKS, BLOCKS)
-def test_a_connection_plan_means_its_groups(data: st.DataObject, block_q: int | str, block_kv: int | str) -> None:
+def test_a_connection_plan_means_its_groups(data: st.DataObject, block_q: BlockSize, block_kv: BlockSize) -> None:
     layout = data.draw(layouts())
     topology = data.draw(topologies(layout))
     plan = BlockSparsePlan.from_topology(
@@ -60,7 +60,7 @@ def test_a_connection_plan_means_its_groups(data: st.DataObject, block_q: int | 
         layout,
         block_q=block_q,
         block_kv=block_kv,
-        normalize=False,  # type: ignore[arg-type]
+        normalize=False,
     )
     plan.validate()
     expected = meaning(topology, layout)
@@ -72,7 +72,7 @@ def test_a_connection_plan_means_its_groups(data: st.DataObject, block_q: int | 
 
 
 @given(st.data(), BLOCKS)
-def test_a_joint_plan_is_the_union_of_its_groups(data: st.DataObject, block: int | str) -> None:
+def test_a_joint_plan_is_the_union_of_its_groups(data: st.DataObject, block: BlockSize) -> None:
     layout = data.draw(layouts())
     topology = data.draw(topologies(layout))
     plan = BlockSparsePlan.from_topology(
@@ -80,7 +80,7 @@ def test_a_joint_plan_is_the_union_of_its_groups(data: st.DataObject, block: int
         layout,
         softmax="joint",
         block_q=block,
-        block_kv=block,  # type: ignore[arg-type]
+        block_kv=block,
     )
     plan.validate()
     union = np.zeros((layout.num_positions, layout.num_positions), bool)
@@ -104,9 +104,9 @@ def test_normalized_weights_sum_to_one(data: st.DataObject) -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.integers(0, 99), BLOCKS)
-def test_from_mask_is_the_mask(num_q: int, num_kv: int, density: float, seed: int, block: int | str) -> None:
+def test_from_mask_is_the_mask(num_q: int, num_kv: int, density: float, seed: int, block: BlockSize) -> None:
     mask = np.random.default_rng(seed).random((num_q, num_kv)) < density
-    plan = BlockSparsePlan.from_mask(mask, block_q=block, block_kv=block)  # type: ignore[arg-type]
+    plan = BlockSparsePlan.from_mask(mask, block_q=block, block_kv=block)
     plan.validate()
     masks, weights = plan.to_dense()
     np.testing.assert_array_equal(masks.any(axis=0), mask)
@@ -151,12 +151,13 @@ def decode(plan: BlockSparsePlan, q: NDArray[np.float64], k: NDArray[np.float64]
         rows = q_tokens[tile]
         real = rows >= 0
         for s in range(set_ptr[tile], set_ptr[tile + 1]):
-            keys, allowed = [], []
+            keys: list[NDArray[np.int32]] = []
+            allowed: list[NDArray[np.bool_]] = []
             for e in range(entry_ptr[s], entry_ptr[s + 1]):
                 keys.append(kv_tokens[entry_kv[e]])
                 allowed.append(tile_mask(entry_mask[e]) & (kv_tokens[entry_kv[e]] >= 0))
-            keys, allowed = np.concatenate(keys), np.concatenate(allowed, axis=1)
-            attended = row_weight[s][:, None] * softmax_attention(q[rows], k[keys], v[keys], allowed)
+            key, mask = np.concatenate(keys), np.concatenate(allowed, axis=1)
+            attended = row_weight[s][:, None] * softmax_attention(q[rows], k[key], v[key], mask)
             out[rows[real]] += attended[real]
     return out
 
@@ -189,7 +190,7 @@ def test_the_docstring_shows_the_loop_that_is_tested() -> None:
 def computer_use(T: int, size: int) -> tuple[CanvasTopology, CanvasLayout]:
     """Screen, mouse, keyboard and text in each frame, as in the shipped example, for any size."""
     h = size * 3 // 4
-    regions = {
+    regions: dict[str, tuple[int, ...] | RegionSpec] = {
         "screen": (0, T, 0, h, 0, h),
         "mouse": (0, T, h, h + size // 16, 0, size // 8),
         "keyboard": (0, T, h + size // 16, h + size // 8, 0, size // 8),
@@ -203,7 +204,7 @@ def computer_use(T: int, size: int) -> tuple[CanvasTopology, CanvasLayout]:
 def test_auto_tiles_compute_at_most_a_quarter_more_than_needed(frames: int, size: int) -> None:
     topology, layout = computer_use(frames, size)
     for softmax in ("connection", "joint"):
-        plan = BlockSparsePlan.from_topology(topology, layout, softmax=softmax)  # type: ignore[arg-type]
+        plan = BlockSparsePlan.from_topology(topology, layout, softmax=softmax)
         assert 1.0 <= plan.stats().computed_per_true <= 1.25
 
 

@@ -25,7 +25,7 @@ def dense_in_plan_order(plan: BlockSparsePlan) -> np.ndarray:
     """The joint mask over padded tokens in plan order."""
     masks, _ = plan.to_dense()
     rows, cols = plan.q_tokens.ravel(), plan.kv_tokens.ravel()
-    dense = masks.any(axis=0)[np.ix_(np.maximum(rows, 0), np.maximum(cols, 0))]
+    dense = np.logical_or.reduce(masks, axis=0)[np.ix_(np.maximum(rows, 0), np.maximum(cols, 0))]
     return dense & (rows >= 0)[:, None] & (cols >= 0)
 
 

@@ -21,8 +21,7 @@ from canvas_engineering.plan import BlockSparsePlan
 
 @pytest.fixture(scope="module")
 def plan() -> BlockSparsePlan:
-    regions = {"a": (0, 3, 0, 4, 0, 5), "b": (0, 3, 3, 5, 0, 2)}
-    layout = CanvasLayout(T=3, H=5, W=5, d_model=8, regions=regions)
+    layout = CanvasLayout(T=3, H=5, W=5, d_model=8, regions={"a": (0, 3, 0, 4, 0, 5), "b": (0, 3, 3, 5, 0, 2)})
     return BlockSparsePlan.from_topology(CanvasTopology.causal_temporal(["a", "b"]), layout, block_q=16, block_kv=16)
 
 

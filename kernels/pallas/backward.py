@@ -127,9 +127,9 @@ def _rows_kernel(config: KernelConfig, set_rows: tuple[str, ...], refs: Any, ste
     def accumulate(masked: bool) -> None:
         wide = {name: widen(getattr(refs, f"{name}_column")[...], config.block_kv) for name in set_rows}
         scores = product(refs.q[...], refs.k[...], TRANSPOSED_RHS)  # (block_q, block_kv)
-        prob = _probabilities(config, scores, wide)
         if masked:
-            prob = jnp.where(mask_bits(refs.words[...], config.block_q), prob, 0.0)
+            scores = jnp.where(mask_bits(refs.words[...], config.block_q), scores, -jnp.inf)
+        prob = _probabilities(config, scores, wide)
         dp = product(refs.grad_out[...], refs.v[...], TRANSPOSED_RHS)
         if config.dropout_p:
             dp = _drop(config, dp, widen(refs.q_hash_column[...], config.block_kv), refs.kv_hash[...])
@@ -219,9 +219,9 @@ def _cols_kernel(
         # Transposed throughout: (block_kv, block_q); the per-query vectors are rows (1, block_q).
         rows = {name: refs.set_rows[i : i + 1] for i, name in enumerate(set_rows)}
         scores = product(refs.k[...], refs.q[...], TRANSPOSED_RHS)
-        prob = _probabilities(config, scores, rows)
         if masked:
-            prob = jnp.where(mask_bits(refs.words[...], config.block_kv), prob, 0.0)
+            scores = jnp.where(mask_bits(refs.words[...], config.block_kv), scores, -jnp.inf)
+        prob = _probabilities(config, scores, rows)
         dp = product(refs.v[...], refs.grad_out[...], TRANSPOSED_RHS)
         dropped = prob
         if config.dropout_p:

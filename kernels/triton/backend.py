@@ -170,7 +170,7 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    lowered = _lowered_rows(plan, q.device)
+    lowered = _lowered(plan, q.device)
     own_weight = row_weight is None
     weight = lowered.row_weight if row_weight is None else row_weight.contiguous()
 
@@ -212,10 +212,10 @@ def attention(
 
 # Called while torch.compile traces, not traced themselves: their results are constants of (plan, device).
 @torch.compiler.assume_constant_result
-def _lowered_rows(plan: BlockSparsePlan, device: torch.device) -> Any:
-    from canvas_engineering.kernels.triton.lower import lower_rows
+def _lowered(plan: BlockSparsePlan, device: torch.device) -> Any:
+    from canvas_engineering.kernels.triton.lower import lower_plan
 
-    return lower_rows(plan, device)
+    return lower_plan(plan, device)
 
 
 @torch.compiler.assume_constant_result

@@ -19,26 +19,21 @@ import triton
 import triton.language as tl
 
 from canvas_engineering.kernels.triton.layout import (
+    COLUMNS_BEGIN,
     COLUMNS_COUNT,
-    COLUMNS_FULL_BEGIN,
-    COLUMNS_FULL_END,
-    COLUMNS_FULL_POSITION,
-    COLUMNS_FULL_SET,
-    COLUMNS_PARTIAL_BEGIN,
-    COLUMNS_PARTIAL_COUNT,
-    COLUMNS_PARTIAL_END,
-    COLUMNS_PARTIAL_MASK,
-    COLUMNS_PARTIAL_POSITION,
-    COLUMNS_PARTIAL_SET,
+    COLUMNS_END,
+    COLUMNS_ENTRY,
     COLUMNS_POSITION,
     COLUMNS_WORK,
+    ENTRY_COUNT,
+    ENTRY_MASK,
+    ENTRY_POSITION,
+    ENTRY_SET,
+    ENTRY_SIZE,
+    ROWS_BEGIN,
     ROWS_COUNT,
-    ROWS_FULL_POSITION,
-    ROWS_FULL_PTR,
-    ROWS_PARTIAL_COUNT,
-    ROWS_PARTIAL_MASK,
-    ROWS_PARTIAL_POSITION,
-    ROWS_PARTIAL_PTR,
+    ROWS_END,
+    ROWS_ENTRY,
     ROWS_POSITION,
     ROWS_SET_PTR,
     ROWS_SET_TILE,
@@ -116,12 +111,12 @@ def delta_kernel(
     o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
 
     p_grad_out += batch * stride_gb + head * stride_gh
-    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
     if PER_SET:
         p_out_rows = p_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :]
     else:
         p_out_rows = p_out + batch * stride_ob + head * stride_oh + (rows64 * stride_on)[:, None] + o_d[None, :]
-    b_o = load_rows(p_out_rows, m_m, o_d, True, HEAD_DIM, D)
+    b_o = load_rows(p_out_rows, m_m, o_d, HEAD_DIM, D)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
 
     if GRAD_WEIGHT:
@@ -181,7 +176,6 @@ def backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_N_MASKED: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -192,9 +186,7 @@ def backward_q_kernel(
     """``dq = scale * sum_s ds_s k`` for one block of rows of one head."""
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    N_BLOCKS_MASKED: tl.constexpr = (BLOCK_KV + BLOCK_N_MASKED - 1) // BLOCK_N_MASKED
     KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # blocks reach beyond the tile
-    MASKED_PADDED: tl.constexpr = N_BLOCKS_MASKED * BLOCK_N_MASKED != BLOCK_KV
     program = tl.program_id(0)
     batch_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -205,6 +197,9 @@ def backward_q_kernel(
     position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
     count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
     set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
+    set_begin = p_rows + tl.load(p_rows + ROWS_BEGIN)
+    set_end = p_rows + tl.load(p_rows + ROWS_END)
+    p_entry = p_rows + tl.load(p_rows + ROWS_ENTRY)
 
     o_d = tl.arange(0, D)
     o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -217,8 +212,8 @@ def backward_q_kernel(
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_grad_out += batch * stride_gb + head * stride_gh
     p_grad_q += batch * stride_dqb + head * stride_dqh
-    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
-    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
+    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -236,69 +231,52 @@ def backward_q_kernel(
             if not SIGMOID:
                 b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
                 b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
-            for MASKED in tl.static_range(2):
-                if MASKED:
-                    entry_ptr = p_rows + tl.load(p_rows + ROWS_PARTIAL_PTR) + s
-                    entry_position = p_rows + tl.load(p_rows + ROWS_PARTIAL_POSITION)
-                    entry_count = p_rows + tl.load(p_rows + ROWS_PARTIAL_COUNT)
-                    entry_mask = p_rows + tl.load(p_rows + ROWS_PARTIAL_MASK)
+            begin = tl.load(set_begin + s)
+            end = tl.load(set_end + s)
+            # Entries are read one step ahead, so that the loads of k and v can be pipelined.
+            p_next = p_entry + begin * ENTRY_SIZE
+            next_position = tl.load(p_next + ENTRY_POSITION)
+            next_count = tl.load(p_next + ENTRY_COUNT)
+            next_mask = tl.load(p_next + ENTRY_MASK)
+            for step in range(begin * N_BLOCKS, end * N_BLOCKS):
+                n_start = (step % N_BLOCKS) * BLOCK_N
+                o_n = n_start + tl.arange(0, BLOCK_N)
+                kv_position = next_position
+                m_n = o_n < next_count
+                mask_id = next_mask
+                p_next = p_entry + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
+                next_position = tl.load(p_next + ENTRY_POSITION)
+                next_count = tl.load(p_next + ENTRY_COUNT)
+                next_mask = tl.load(p_next + ENTRY_MASK)
+
+                p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
+                b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_s = b_s * scale_log2
+                # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
+                if mask_id >= 0:
+                    allowed = tile_mask(
+                        p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
+                    )
+                    b_s = tl.where(allowed, b_s, float("-inf"))
+                if KEYS_PADDED:
+                    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+                if SIGMOID:
+                    b_p = sigmoid2(b_s)
                 else:
-                    entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
-                    entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-                begin = tl.load(entry_ptr)
-                end = tl.load(entry_ptr + 1)
-                # Loaded one step ahead, so that the loads of k and v can be pipelined (past the end: unused).
-                next_position = tl.load(entry_position + begin)
-                steps = N_BLOCKS
-                if MASKED:
-                    next_count = tl.load(entry_count + begin)
-                    next_mask = tl.load(entry_mask + begin)
-                    steps = N_BLOCKS_MASKED
-                for step in range(begin * steps, end * steps):
-                    kv_position = next_position
-                    if MASKED:
-                        n_start = (step % N_BLOCKS_MASKED) * BLOCK_N_MASKED
-                        o_n = n_start + tl.arange(0, BLOCK_N_MASKED)
-                        m_n = o_n < next_count
-                        mask_id = next_mask
-                        next_entry = (step + 1) // N_BLOCKS_MASKED
-                        next_count = tl.load(entry_count + next_entry)
-                        next_mask = tl.load(entry_mask + next_entry)
-                    else:
-                        o_n = (step % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-                        m_n = o_n < BLOCK_KV
-                        next_entry = (step + 1) // N_BLOCKS
-                    next_position = tl.load(entry_position + next_entry)
-                    p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
-                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, N]
-                    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, N]
-                    b_s = b_s * scale_log2
-                    # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
-                    if MASKED:
-                        allowed = tile_mask(
-                            p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N_MASKED, False
-                        )
-                        if MASKED_PADDED:
-                            allowed = allowed & m_n[None, :]
-                        b_s = tl.where(allowed, b_s, float("-inf"))
-                    elif KEYS_PADDED:
-                        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-                    if SIGMOID:
-                        b_p = sigmoid2(b_s)
-                    else:
-                        b_p = tl.math.exp2(b_s - b_shift[:, None])
-                    if DROPOUT:
-                        k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
-                        keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
-                        b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
-                    if SIGMOID:
-                        b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[:, None])
-                    else:
-                        b_ds = b_p * (b_dp * b_w[:, None] - b_delta[:, None])
-                    b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+                    b_p = tl.math.exp2(b_s - b_shift[:, None])
+                if DROPOUT:
+                    k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
+                    keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
+                    b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
+                if SIGMOID:
+                    b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[:, None])
+                else:
+                    b_ds = b_p * (b_dp * b_w[:, None] - b_delta[:, None])
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     b_dq = b_dq * scale
     store_rows(p_grad_q + (rows64 * stride_dqn)[:, None] + o_d[None, :], b_dq, m_m, o_d, HEAD_DIM, D)
 
@@ -350,7 +328,6 @@ def backward_kv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_M_MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
@@ -364,8 +341,6 @@ def backward_kv_kernel(
     Scores are computed transposed, ``[keys, rows]``, so that ``p`` and ``ds`` are left operands from registers.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
-    M_BLOCKS_MASKED: tl.constexpr = (BLOCK_Q + BLOCK_M_MASKED - 1) // BLOCK_M_MASKED
-    ROWS_PADDED: tl.constexpr = M_BLOCKS * BLOCK_M != BLOCK_Q  # blocks reach beyond the tile
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     batch_kv_head = (program // blocks_per_head).to(tl.int64)
@@ -376,6 +351,9 @@ def backward_kv_kernel(
     tile = tl.load(p_columns + tl.load(p_columns + COLUMNS_WORK) + work // N_BLOCKS)
     position = tl.load(p_columns + tl.load(p_columns + COLUMNS_POSITION) + tile)
     count = tl.load(p_columns + tl.load(p_columns + COLUMNS_COUNT) + tile)
+    begin = tl.load(p_columns + tl.load(p_columns + COLUMNS_BEGIN) + tile)
+    end = tl.load(p_columns + tl.load(p_columns + COLUMNS_END) + tile)
+    p_entry = p_columns + tl.load(p_columns + COLUMNS_ENTRY)
 
     o_d = tl.arange(0, D)
     n_start = (work % N_BLOCKS) * BLOCK_N
@@ -386,8 +364,8 @@ def backward_kv_kernel(
 
     p_k += batch * stride_kb + kv_head * stride_kh
     p_v += batch * stride_vb + kv_head * stride_vh
-    b_k = load_rows(p_k + (keys64 * stride_kn)[:, None] + o_d[None, :], m_n, o_d, True, HEAD_DIM, D)
-    b_v = load_rows(p_v + (keys64 * stride_vn)[:, None] + o_d[None, :], m_n, o_d, True, HEAD_DIM, D)
+    b_k = load_rows(p_k + (keys64 * stride_kn)[:, None] + o_d[None, :], m_n, o_d, HEAD_DIM, D)
+    b_v = load_rows(p_v + (keys64 * stride_vn)[:, None] + o_d[None, :], m_n, o_d, HEAD_DIM, D)
 
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, D], tl.float32)
@@ -396,81 +374,60 @@ def backward_kv_kernel(
         batch_head = batch_kv_head * group + member
         p_q_head = p_q + batch * stride_qb + head * stride_qh
         p_do_head = p_grad_out + batch * stride_gb + head * stride_gh
-        for MASKED in tl.static_range(2):
-            if MASKED:
-                entry_begin = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_BEGIN) + tile
-                entry_end = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_END) + tile
-                entry_position = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_POSITION)
-                entry_set = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_SET)
-                entry_count = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_COUNT)
-                entry_mask = p_columns + tl.load(p_columns + COLUMNS_PARTIAL_MASK)
+        p_next = p_entry + begin * ENTRY_SIZE
+        next_position = tl.load(p_next + ENTRY_POSITION)
+        next_count = tl.load(p_next + ENTRY_COUNT)
+        next_mask = tl.load(p_next + ENTRY_MASK)
+        next_set = tl.load(p_next + ENTRY_SET)
+        for step in range(begin * M_BLOCKS, end * M_BLOCKS):
+            o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+            q_position = next_position
+            m_m = o_m < next_count
+            mask_id = next_mask
+            s = next_set.to(tl.int64)
+            p_next = p_entry + ((step + 1) // M_BLOCKS) * ENTRY_SIZE
+            next_position = tl.load(p_next + ENTRY_POSITION)
+            next_count = tl.load(p_next + ENTRY_COUNT)
+            next_mask = tl.load(p_next + ENTRY_MASK)
+            next_set = tl.load(p_next + ENTRY_SET)
+
+            p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+            p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+            b_q = load_rows(p_q_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
+            b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
+            if DROPOUT or not MANY_SETS:
+                q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
+            b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            b_s = b_s * scale_log2
+            if mask_id >= 0:
+                allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
+                b_s = tl.where(allowed, b_s, float("-inf"))
+            if SIGMOID:
+                b_p = sigmoid2(b_s)
             else:
-                entry_begin = p_columns + tl.load(p_columns + COLUMNS_FULL_BEGIN) + tile
-                entry_end = p_columns + tl.load(p_columns + COLUMNS_FULL_END) + tile
-                entry_position = p_columns + tl.load(p_columns + COLUMNS_FULL_POSITION)
-                entry_set = p_columns + tl.load(p_columns + COLUMNS_FULL_SET)
-            begin = tl.load(entry_begin)
-            end = tl.load(entry_end)
-            next_position = tl.load(entry_position + begin)
-            next_set = tl.load(entry_set + begin)
-            steps = M_BLOCKS
-            if MASKED:
-                next_count = tl.load(entry_count + begin)
-                next_mask = tl.load(entry_mask + begin)
-                steps = M_BLOCKS_MASKED
-            for step in range(begin * steps, end * steps):
-                q_position = next_position
-                s = next_set.to(tl.int64)
-                if MASKED:
-                    o_m = (step % M_BLOCKS_MASKED) * BLOCK_M_MASKED + tl.arange(0, BLOCK_M_MASKED)
-                    m_m = o_m < next_count
-                    mask_id = next_mask
-                    next_entry = (step + 1) // M_BLOCKS_MASKED
-                    next_count = tl.load(entry_count + next_entry)
-                    next_mask = tl.load(entry_mask + next_entry)
+                if MANY_SETS:
+                    o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
                 else:
-                    o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-                    m_m = o_m < BLOCK_Q
-                    next_entry = (step + 1) // M_BLOCKS
-                next_position = tl.load(entry_position + next_entry)
-                next_set = tl.load(entry_set + next_entry)
-                p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-                p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-                b_q = load_rows(p_q_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [M, D]
-                b_do = load_rows(p_do_rows, m_m, o_d, MASKED or ROWS_PADDED, HEAD_DIM, D)  # [M, D]
-                if DROPOUT or not MANY_SETS:
-                    q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
-                b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+                    o_lse = batch_head * num_q + q_tokens
+                b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
+                b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+                b_p = tl.math.exp2(b_s - b_shift[None, :])
 
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, M]
-                b_s = b_s * scale_log2
-                if MASKED:
-                    allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
-                    b_s = tl.where(allowed, b_s, float("-inf"))
-                if SIGMOID:
-                    b_p = sigmoid2(b_s)
-                else:
-                    if MANY_SETS:
-                        o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
-                    else:
-                        o_lse = batch_head * num_q + q_tokens
-                    b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
-                    b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
-                    b_p = tl.math.exp2(b_s - b_shift[None, :])
-
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, M]
-                b_pw = b_p * b_w[None, :]
-                if DROPOUT:
-                    dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
-                    keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
-                    b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
-                    b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
-                b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-                if SIGMOID:
-                    b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
-                else:
-                    b_ds = b_p * (b_dp * b_w[None, :] - b_delta[None, :])
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            b_pw = b_p * b_w[None, :]
+            if DROPOUT:
+                dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
+                keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
+                b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
+                b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
+            b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+            if SIGMOID:
+                b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
+            else:
+                b_ds = b_p * (b_dp * b_w[None, :] - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
     batch_out = batch * stride_dkb + kv_head * stride_dkh
     p_dk_rows = p_grad_k + batch_out + (keys64 * stride_dkn)[:, None] + o_d[None, :]
@@ -488,32 +445,19 @@ def compact_kernel(p_columns, p_alive, p_out, BLOCK: tl.constexpr):
     end of the range moves with them. A branch per entry in the dK/dV loop would cost its software pipelining.
     """
     tile = tl.program_id(0)
-    for MASKED in tl.static_range(2):
-        if MASKED:
-            begin_of = tl.load(p_columns + COLUMNS_PARTIAL_BEGIN) + tile
-            end_of = tl.load(p_columns + COLUMNS_PARTIAL_END) + tile
-            position = tl.load(p_columns + COLUMNS_PARTIAL_POSITION)
-            sets = tl.load(p_columns + COLUMNS_PARTIAL_SET)
-            count = tl.load(p_columns + COLUMNS_PARTIAL_COUNT)
-            mask = tl.load(p_columns + COLUMNS_PARTIAL_MASK)
-        else:
-            begin_of = tl.load(p_columns + COLUMNS_FULL_BEGIN) + tile
-            end_of = tl.load(p_columns + COLUMNS_FULL_END) + tile
-            position = tl.load(p_columns + COLUMNS_FULL_POSITION)
-            sets = tl.load(p_columns + COLUMNS_FULL_SET)
-        end = tl.load(p_columns + end_of)
-        written = tl.load(p_columns + begin_of)
-        for start in range(written, end, BLOCK):
-            o_e = start + tl.arange(0, BLOCK)
-            inside = o_e < end
-            s = tl.load(p_columns + sets + o_e, mask=inside, other=0)
-            keep = (tl.load(p_alive + s, mask=inside, other=0) != 0).to(tl.int32)
-            to = written + tl.cumsum(keep, 0) - 1
-            kept = keep != 0
-            tl.store(p_out + sets + to, s, mask=kept)
-            tl.store(p_out + position + to, tl.load(p_columns + position + o_e, mask=inside), mask=kept)
-            if MASKED:
-                tl.store(p_out + count + to, tl.load(p_columns + count + o_e, mask=inside), mask=kept)
-                tl.store(p_out + mask + to, tl.load(p_columns + mask + o_e, mask=inside), mask=kept)
-            written += tl.sum(keep, 0)
-        tl.store(p_out + end_of, written)
+    begin = tl.load(p_columns + tl.load(p_columns + COLUMNS_BEGIN) + tile)
+    end_of = tl.load(p_columns + COLUMNS_END) + tile
+    end = tl.load(p_columns + end_of)
+    first = tl.load(p_columns + COLUMNS_ENTRY)
+    written = begin
+    for start in range(begin, end, BLOCK):
+        o_e = start + tl.arange(0, BLOCK)
+        inside = o_e < end
+        s = tl.load(p_columns + first + o_e * ENTRY_SIZE + ENTRY_SET, mask=inside, other=0)
+        keep = tl.load(p_alive + s, mask=inside, other=0)  # 1 or 0
+        place = written + tl.cumsum(keep, 0) - 1
+        for word in tl.static_range(ENTRY_SIZE):
+            value = tl.load(p_columns + first + o_e * ENTRY_SIZE + word, mask=inside, other=0)
+            tl.store(p_out + first + place * ENTRY_SIZE + word, value, mask=keep != 0)
+        written += tl.sum(keep, 0)
+    tl.store(p_out + end_of, written)

@@ -4,7 +4,7 @@ Plain Python: neither torch nor triton is needed to read the table. A table is a
 
     {"format": 1, "architecture": "sm_90", "source": "...", "kernels": [
         {"kernel": "forward", "head_dim": 128, "dtype": "float16", "sets": "many",
-         "block_m": 128, "block_n": 64, "block_masked": 32, "num_warps": 8, "num_stages": 3}, ...]}
+         "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}, ...]}
 
 ``dtype`` is ``float16`` (also used for bfloat16, which compiles to the same code) or ``float32``; ``head_dim`` the
 padded one (a power of two from 16 to 256); ``sets`` whether a query row may stand in several softmax sets, which
@@ -40,15 +40,12 @@ class KernelConfig:
 
     Attributes:
         block_m, block_n: Rows and keys of one step.
-        block_masked: Of a step through partial tiles, whose masks take registers: the keys (forward and dQ) or the
-            rows (dK/dV), in place of ``block_n`` or ``block_m``.
         num_warps: Per program.
         num_stages: Depth of the software pipeline.
     """
 
     block_m: int
     block_n: int
-    block_masked: int
     num_warps: int
     num_stages: int
 
@@ -108,7 +105,7 @@ def _key(path: Path, i: int, row: Any) -> Key:
 
 
 def _config(path: Path, i: int, row: dict[str, Any]) -> KernelConfig:
-    limits = {"block_m": (16, 256), "block_n": (16, 256), "block_masked": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
+    limits = {"block_m": (16, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
     for name, (low, high) in limits.items():
         value = row.get(name)
         power = name == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
@@ -195,7 +192,7 @@ def kernel_config(
     """
     if architecture == "interpreter":
         # One block per tile; whatever the tile is. Warps and stages mean nothing.
-        return KernelConfig(64, 64, 32, 4, 1)
+        return KernelConfig(64, 64, 4, 1)
     listed = next(d for d in HEAD_DIMS if d >= head_dim)
     key = (kernel, listed, table_dtype(dtype), "many" if many_sets else "one")
     if device_name is not None:
@@ -205,7 +202,7 @@ def kernel_config(
     return shipped_table(architecture)[key]
 
 
-def fit_config(config: KernelConfig, kernel: str, block_q: int, block_kv: int) -> KernelConfig:
+def fit_config(config: KernelConfig, block_q: int, block_kv: int) -> KernelConfig:
     """The configuration for a plan with tiles of ``block_q`` x ``block_kv``: blocks divide a tile, or pad it.
 
     Warps shrink with the block, so that a warp keeps enough of it to fill a tensor-core instruction.
@@ -214,9 +211,7 @@ def fit_config(config: KernelConfig, kernel: str, block_q: int, block_kv: int) -
     block_n = fit_block(config.block_n, block_kv)
     share = config.block_m * config.block_n // (block_m * block_n)
     warps = max(min(config.num_warps, 4), config.num_warps // max(share, 1))
-    inner = block_m if kernel == "backward_kv" else block_n
-    masked = fit_block(min(config.block_masked, inner), block_q if kernel == "backward_kv" else block_kv)
-    return replace(config, block_m=block_m, block_n=block_n, block_masked=masked, num_warps=warps)
+    return replace(config, block_m=block_m, block_n=block_n, num_warps=warps)
 
 
 def fit_block(block: int, tile: int) -> int:

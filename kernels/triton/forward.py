@@ -4,13 +4,14 @@ import triton
 import triton.language as tl
 
 from canvas_engineering.kernels.triton.layout import (
+    ENTRY_COUNT,
+    ENTRY_MASK,
+    ENTRY_POSITION,
+    ENTRY_SIZE,
+    ROWS_BEGIN,
     ROWS_COUNT,
-    ROWS_FULL_POSITION,
-    ROWS_FULL_PTR,
-    ROWS_PARTIAL_COUNT,
-    ROWS_PARTIAL_MASK,
-    ROWS_PARTIAL_POSITION,
-    ROWS_PARTIAL_PTR,
+    ROWS_END,
+    ROWS_ENTRY,
     ROWS_POSITION,
     ROWS_SET_PTR,
     ROWS_WORK,
@@ -68,7 +69,6 @@ def forward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_N_MASKED: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -80,16 +80,14 @@ def forward_kernel(
 ):
     """``out[rows] = sum_s weight_s[rows] * softmax_s(q[rows] k^T) v`` for one block of rows of one head.
 
-    Per set: online softmax, first over the tiles that need no mask, then over the others. The weighted sum over
+    Per set: online softmax over its kv tiles; tiles without a mask jump over the masking. The weighted sum over
     sets stays in registers. ``p_lse`` gets the natural log-sum-exp, per token ``(B*H, num_q)`` when a tile has
     at most one set, else per set row ``(B*H, num_sets, BLOCK_Q)``; ``p_set_out`` each set's own output
     ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
-    N_BLOCKS_MASKED: tl.constexpr = (BLOCK_KV + BLOCK_N_MASKED - 1) // BLOCK_N_MASKED
     KEYS_PADDED: tl.constexpr = N_BLOCKS * BLOCK_N != BLOCK_KV  # blocks reach beyond the tile
-    MASKED_PADDED: tl.constexpr = N_BLOCKS_MASKED * BLOCK_N_MASKED != BLOCK_KV
     program = tl.program_id(0)
     batch_head = (program // blocks_per_head).to(tl.int64)
     work = program % blocks_per_head
@@ -100,6 +98,9 @@ def forward_kernel(
     position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
     count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
     set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
+    set_begin = p_rows + tl.load(p_rows + ROWS_BEGIN)
+    set_end = p_rows + tl.load(p_rows + ROWS_END)
+    p_entry = p_rows + tl.load(p_rows + ROWS_ENTRY)
     first_set = tl.load(set_ptr + tile)
     last_set = tl.load(set_ptr + tile + 1)
 
@@ -113,7 +114,7 @@ def forward_kernel(
     p_k += batch * stride_kb + (head // group) * stride_kh
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_out += batch * stride_ob + head * stride_oh
-    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, True, HEAD_DIM, D)
+    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -140,73 +141,54 @@ def forward_kernel(
             b_acc = tl.zeros([BLOCK_M, D], tl.float32)
             b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             b_sum = tl.zeros([BLOCK_M], tl.float32)
-            for MASKED in tl.static_range(2):
-                if MASKED:
-                    entry_ptr = p_rows + tl.load(p_rows + ROWS_PARTIAL_PTR) + s
-                    entry_position = p_rows + tl.load(p_rows + ROWS_PARTIAL_POSITION)
-                    entry_count = p_rows + tl.load(p_rows + ROWS_PARTIAL_COUNT)
-                    entry_mask = p_rows + tl.load(p_rows + ROWS_PARTIAL_MASK)
-                else:
-                    entry_ptr = p_rows + tl.load(p_rows + ROWS_FULL_PTR) + s
-                    entry_position = p_rows + tl.load(p_rows + ROWS_FULL_POSITION)
-                begin = tl.load(entry_ptr)
-                end = tl.load(entry_ptr + 1)
-                # Loaded one step ahead, so that the loads of k and v can be pipelined (past the end: unused).
-                next_position = tl.load(entry_position + begin)
-                steps = N_BLOCKS
-                if MASKED:
-                    next_count = tl.load(entry_count + begin)
-                    next_mask = tl.load(entry_mask + begin)
-                    steps = N_BLOCKS_MASKED
-                for step in range(begin * steps, end * steps):
-                    kv_position = next_position
-                    if MASKED:
-                        n_start = (step % N_BLOCKS_MASKED) * BLOCK_N_MASKED
-                        o_n = n_start + tl.arange(0, BLOCK_N_MASKED)
-                        m_n = o_n < next_count
-                        mask_id = next_mask
-                        next_entry = (step + 1) // N_BLOCKS_MASKED
-                        next_count = tl.load(entry_count + next_entry)
-                        next_mask = tl.load(entry_mask + next_entry)
-                    else:
-                        o_n = (step % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-                        m_n = o_n < BLOCK_KV
-                        next_entry = (step + 1) // N_BLOCKS
-                    next_position = tl.load(entry_position + next_entry)
-                    p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                    b_k = load_rows(p_k_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, N]
+            begin = tl.load(set_begin + s)
+            end = tl.load(set_end + s)
+            # Entries are read one step ahead, so that the loads of k and v can be pipelined.
+            p_next = p_entry + begin * ENTRY_SIZE
+            next_position = tl.load(p_next + ENTRY_POSITION)
+            next_count = tl.load(p_next + ENTRY_COUNT)
+            next_mask = tl.load(p_next + ENTRY_MASK)
+            for step in range(begin * N_BLOCKS, end * N_BLOCKS):
+                n_start = (step % N_BLOCKS) * BLOCK_N
+                o_n = n_start + tl.arange(0, BLOCK_N)
+                kv_position = next_position
+                m_n = o_n < next_count
+                mask_id = next_mask
+                p_next = p_entry + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
+                next_position = tl.load(p_next + ENTRY_POSITION)
+                next_count = tl.load(p_next + ENTRY_COUNT)
+                next_mask = tl.load(p_next + ENTRY_MASK)
 
-                    b_s = b_s * scale_log2
-                    if MASKED:
-                        allowed = tile_mask(
-                            p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N_MASKED, False
-                        )
-                        if MASKED_PADDED:
-                            allowed = allowed & m_n[None, :]
-                        b_s = tl.where(allowed, b_s, float("-inf"))
-                    elif KEYS_PADDED:
-                        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-                    if SIGMOID:
-                        b_p = sigmoid2(b_s)
-                    else:
-                        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-                        shift = b_new
-                        if MASKED:
-                            # No allowed key so far: any finite shift makes exp2(-inf) = 0 instead of NaN.
-                            shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-                        b_p = tl.math.exp2(b_s - shift[:, None])
-                        rescale = tl.math.exp2(b_max - shift)
-                        b_sum = b_sum * rescale + tl.sum(b_p, 1)
-                        b_acc = b_acc * rescale[:, None]
-                        b_max = b_new
-                    if DROPOUT:
-                        k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
-                        keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
-                        b_p = tl.where(keep, b_p, 0.0)
-                    b_v = load_rows(p_v_rows, m_n, o_d, MASKED or KEYS_PADDED, HEAD_DIM, D)  # [N, D]
-                    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+                p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+
+                b_s = b_s * scale_log2
+                if mask_id >= 0:
+                    allowed = tile_mask(
+                        p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
+                    )
+                    b_s = tl.where(allowed, b_s, float("-inf"))
+                if KEYS_PADDED:
+                    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+                if SIGMOID:
+                    b_p = sigmoid2(b_s)
+                else:
+                    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+                    # No allowed key so far: any finite shift makes exp2(-inf) = 0 instead of NaN.
+                    shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                    b_p = tl.math.exp2(b_s - shift[:, None])
+                    rescale = tl.math.exp2(b_max - shift)
+                    b_sum = b_sum * rescale + tl.sum(b_p, 1)
+                    b_acc = b_acc * rescale[:, None]
+                    b_max = b_new
+                if DROPOUT:
+                    k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
+                    keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
+                    b_p = tl.where(keep, b_p, 0.0)
+                b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
+                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
 
             if SIGMOID:
                 inverse = tl.full([BLOCK_M], 1.0, tl.float32)

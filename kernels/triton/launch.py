@@ -64,10 +64,10 @@ def architecture(device: torch.device) -> str:
 def _config(kernel: str, q: torch.Tensor, call: Call) -> KernelConfig:
     dtype = str(q.dtype).removeprefix("torch.")
     config = kernel_config(architecture(q.device), kernel, padded_head_dim(q.shape[-1]), dtype, call.many_sets)
-    return fit_config(config, kernel, call.block_q, call.block_kv)
+    return fit_config(config, call.block_q, call.block_kv)
 
 
-def shared_constants(kernel: str, head_dim: int, call: Call, config: KernelConfig) -> dict[str, Any]:
+def shared_constants(head_dim: int, call: Call, config: KernelConfig) -> dict[str, Any]:
     """The constants that all three attention kernels take."""
     return {
         "HEAD_DIM": head_dim,
@@ -76,7 +76,6 @@ def shared_constants(kernel: str, head_dim: int, call: Call, config: KernelConfi
         "BLOCK_KV": call.block_kv,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_M_MASKED" if kernel == "backward_kv" else "BLOCK_N_MASKED": config.block_masked,
         "CONTIGUOUS": call.contiguous,
         "MANY_SETS": call.many_sets,
         "SIGMOID": call.sigmoid,
@@ -139,7 +138,7 @@ def forward(
         call.scale * LOG2E,
         call.threshold,
         call.dropout_scale,
-        **shared_constants("forward", head_dim, call, config),
+        **shared_constants(head_dim, call, config),
         STORE_LSE=lse is not None,
         STORE_SETS=set_out is not None,
         SKIP_DEAD=skip_dead,
@@ -246,7 +245,7 @@ def backward_q(
         call.scale * LOG2E,
         call.threshold,
         call.dropout_scale,
-        **shared_constants("backward_q", head_dim, call, config),
+        **shared_constants(head_dim, call, config),
         GRAD_LSE=grad_lse,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -305,7 +304,7 @@ def backward_kv(
         call.scale * LOG2E,
         call.threshold,
         call.dropout_scale,
-        **shared_constants("backward_kv", head_dim, call, config),
+        **shared_constants(head_dim, call, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -48,19 +48,6 @@ def store_rows(pointers, value, inside, o_d, HEAD_DIM: tl.constexpr, D: tl.const
 
 
 @triton.jit
-def load_mask(p_masks, mask_id, o_m, n_start, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One or more words ``[rows]`` of 32 keys each of a stored mask; nothing is read for ``mask_id == -1``.
-
-    Returns a tuple of (at most 8) words; those that the block does not have repeat the first.
-    """
-    WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
-    stored = o_m < tl.where(mask_id >= 0, BLOCK_Q, 0)
-    # The division is exact: BLOCK_N is 16 and the only block, or a multiple of 32.
-    p_row = p_masks + mask_id.to(tl.int64) * (BLOCK_Q * WORDS) + o_m * WORDS + n_start // 32
-    return p_row, stored
-
-
-@triton.jit
 def tile_mask(
     p_masks,
     mask_id,

@@ -20,6 +20,7 @@ from canvas_engineering.plan import BlockSparsePlan
 from equivalence.build import plan_from_dense
 
 Float64 = NDArray[np.float64]
+Arrays = dict[str, Float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,28 @@ class Inputs:
     row_weight: Float64  # (num_sets, block_q), to override the plan's
     grad_out: Float64  # (B, Hq, Nq, D)
     grad_lse: Float64  # (B, Hq, Nq)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of a call, and what is compared."""
+
+    activation: str = "softmax"
+    dropout_p: float = 0.0
+    seed: int | None = None
+    scale: float | None = None
+    lse: bool = False  # ask for the log-sum-exp, and differentiate through it
+    override_weight: bool = False  # pass row_weight, and differentiate with respect to it
+
+    def __str__(self) -> str:
+        words = [
+            self.activation if self.activation != "softmax" else "",
+            "dropout" if self.dropout_p else "",
+            "scale" if self.scale is not None else "",
+            "lse" if self.lse else "",
+            "weight" if self.override_weight else "",
+        ]
+        return "-".join(word for word in words if word) or "plain"
 
 
 @dataclass(frozen=True)
