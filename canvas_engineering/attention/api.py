@@ -1,7 +1,6 @@
 """``block_sparse_attention``: one call for every plan, array type and device, and the choice of a backend.
 
-A backend is a folder ``kernels/<name>`` whose module ``backend`` has three functions. It imports its framework
-only inside them, so that it can say that the framework is missing::
+A backend is a folder ``kernels/<name>`` whose module ``backend`` has three functions::
 
     availability() -> tuple[bool, str]       # can it run in this process, and on what, or why not
     reasons(q, k, v, plan, *, activation, return_lse, dropout_p, row_weight) -> list[str]
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -81,8 +79,9 @@ def block_sparse_attention(
             ``plan.row_weight``; differentiable.
         dropout_p: Probability in ``[0, 1)`` with which a pair's attention probability is dropped; those kept are
             scaled by ``1 / (1 - dropout_p)``.
-        seed: Int in ``[0, 2**64)``, needed for dropout. Backends drop the same pairs for the same seed. For JAX
-            also a uint32 array of shape ``(2,)`` (low and high word), so that a jitted function can take it.
+        seed: Int in ``[0, 2**64)``, needed for dropout. Backends drop the same pairs for the same seed. It may be
+            data: for JAX a uint32 array of shape ``(2,)`` (low and high word), so that a jitted function can take
+            it; for torch an int64 tensor with one element, so that a CUDA graph can.
         activation: ``"softmax"``, or ``"sigmoid"`` for ``sum_g w_g[i] * sum_j sigmoid(scale q_i k_j) v_j``.
 
     Returns:
@@ -232,14 +231,17 @@ def _backend_module(name: BackendName) -> ModuleType:
             return reference_backend
 
 
-@cache
-def _built(name: BackendName) -> bool:
-    return installed(f"canvas_engineering.kernels.{name}.backend")
+#: What the module of a backend imports.
+_NEEDS = {"triton": "torch", "pallas": "jax"}
+_EXTRAS = {"triton": "triton", "pallas": "jax"}
 
 
 def _availability(name: BackendName) -> Availability:
-    if not _built(name):
-        return Availability(False, "not built in this version")
+    package = _NEEDS.get(name)
+    if package is not None and not installed(package):
+        return Availability(
+            False, f"the package {package!r} is not installed: pip install 'canvas-engineering[{_EXTRAS[name]}]'"
+        )
     return Availability(*_backend_module(name).availability())
 
 
@@ -348,6 +350,11 @@ def _check_seed(q: Any, seed: Any) -> None:
         if dtype_name(seed) != "uint32" or seed.shape != (2,):
             raise CanvasError(
                 f"seed as a JAX array must be uint32 of shape (2,), got {dtype_name(seed)} of shape {seed.shape}"
+            )
+    elif is_torch(seed) and is_torch(q):
+        if dtype_name(seed) != "int64" or seed.numel() != 1:
+            raise CanvasError(
+                f"seed as a tensor must be int64 with one element, got {dtype_name(seed)} of shape {tuple(seed.shape)}"
             )
     elif isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
         raise CanvasError(f"seed must be an int in [0, 2**64) when dropout_p > 0, got {seed!r}")

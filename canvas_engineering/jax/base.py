@@ -30,12 +30,12 @@ def check_positive(name: str, value: int) -> None:
 
 def split_heads(x: Array, n_heads: int) -> Array:
     """``(B, N, H * hd)`` to ``(B, H, N, hd)``."""
-    return x.reshape(*x.shape[:-1], n_heads, -1).swapaxes(1, 2)
+    return x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads).swapaxes(1, 2)
 
 
 def merge_heads(x: Array) -> Array:
     """``(B, H, N, hd)`` to ``(B, N, H * hd)``."""
-    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
 def attention_logits(q: Array, k: Array, scale: float) -> Array:

@@ -92,7 +92,7 @@ def selective_scan(x: Array, dt: Array, a: Array, b: Array, c: Array) -> Array:
     def pieces(t: Array) -> Array:
         """Steps that fill the last segment are 0: they keep the state, and their y is cut off."""
         filled = jnp.pad(t, ((0, 0), (0, count * length - n_steps), (0, 0)))
-        return filled.reshape(batch, count, length, -1).swapaxes(0, 1)
+        return filled.reshape(batch, count, length, t.shape[2]).swapaxes(0, 1)
 
     _, y = lax.scan(jax.checkpoint(segment), state, (pieces(x), pieces(dt), pieces(b), pieces(c)))
     return y.swapaxes(0, 1).reshape(batch, count * length, d)[:, :n_steps]

@@ -125,13 +125,13 @@ class Runner:
         call = self.schedule.direct_calls[number]
         queries = _gather(self.x, call.rows, self.layout.direct_rows[number])  # (B, G, n, d)
         keys = _gather(self.x, call.cols, self.layout.direct_cols[number])
-        keys = keys.reshape(-1, *keys.shape[2:])  # (B * G, m, d)
+        keys = _stack_groups(keys)  # (B * G, m, d)
         if call.slots is not None:
             name, binding = self.slots[call.slots]
             keys = binding.apply(self.params["slot_modules"][name], keys)  # (B * G, slots, d)
         attended = self.functions[call.fn].apply(
             self.params["fn_modules"][call.fn],
-            queries.reshape(-1, *queries.shape[2:]),
+            _stack_groups(queries),
             keys,
             keys,
             rng=self._rng(len(self.schedule.plan_calls) + number, call.fn),
@@ -256,6 +256,11 @@ def _gather(x: Array, tokens: np.ndarray[Any, np.dtype[np.int64]], rows: Rows | 
     return take(rows, x).reshape(x.shape[0], *tokens.shape, x.shape[2])
 
 
+def _stack_groups(x: Array) -> Array:
+    """``(B, G, n, d)`` to ``(B * G, n, d)``."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
 def _flat_groups(x: Array) -> Array:
     """``(B, G, n, d)`` to ``(B, G * n, d)``."""
-    return x.reshape(x.shape[0], -1, x.shape[3])
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])

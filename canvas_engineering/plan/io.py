@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from canvas_engineering._files import atomic_write
+from canvas_engineering._files import OutputPathError, atomic_write
 from canvas_engineering.errors import PlanError
 
 if TYPE_CHECKING:
@@ -52,8 +52,10 @@ def save_plan(plan: BlockSparsePlan, path: str | Path) -> None:
     try:
         with atomic_write(path, binary=True) as file:
             np.savez_compressed(file, header=text, **arrays)
+    except OutputPathError as error:
+        raise PlanError(str(error)) from error
     except OSError as error:
-        raise PlanError(f"path must be writable, got {str(path)!r}: {error.strerror or error}") from error
+        raise PlanError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def load_plan(path: str | Path) -> BlockSparsePlan:

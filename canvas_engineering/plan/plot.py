@@ -17,21 +17,29 @@ if TYPE_CHECKING:
 
 _EMPTY, _PARTIAL, _FULL = (0.965, 0.965, 0.965), (0.98, 0.68, 0.25), (0.13, 0.35, 0.62)
 _MAX_PIXELS = 1024  # tiles of larger plans are averaged down to this many per axis
-_LABEL_SHARE = 0.02  # runs shorter than this part of the axis get no label of their own
+_LABEL_SHARE = 0.011  # part of the axis that one letter of a label takes
+
+
+def shown_tiles(plan: BlockSparsePlan) -> tuple[int, int]:
+    """(q tiles, kv tiles) that the picture shows: up to the last visited one, since unused tokens stand last."""
+    if not plan.num_entries:
+        return plan.num_q_tiles, plan.num_kv_tiles
+    return int(plan.set_tile.max()) + 1, int(plan.entry_kv.max()) + 1
 
 
 def tile_image(plan: BlockSparsePlan) -> NDArray[np.float64]:
-    """``(height, width, 3)`` colours: the share of full and partial visits of each (q tile, kv tile) cell."""
-    height, width = min(plan.num_q_tiles, _MAX_PIXELS), min(plan.num_kv_tiles, _MAX_PIXELS)
-    row = plan.set_tile[plan.entry_set].astype(np.int64) * height // max(plan.num_q_tiles, 1)
-    col = plan.entry_kv.astype(np.int64) * width // max(plan.num_kv_tiles, 1)
+    """``(height, width, 3)`` colours: the share of full and partial visits of each cell of the shown tiles."""
+    q_tiles, kv_tiles = shown_tiles(plan)
+    height, width = min(q_tiles, _MAX_PIXELS), min(kv_tiles, _MAX_PIXELS)
+    row = plan.set_tile[plan.entry_set].astype(np.int64) * height // max(q_tiles, 1)
+    col = plan.entry_kv.astype(np.int64) * width // max(kv_tiles, 1)
     cell = row * width + col
     full = plan.entry_mask < 0
-    counts = [np.bincount(cell[which], minlength=height * width) for which in (~full, full)]
+    partial, filled = (np.bincount(cell[which], minlength=height * width) for which in (~full, full))
     # A cell of several tiles is coloured by the share of tiles visited; softmax sets that repeat a tile saturate.
-    per_cell = max(1.0, plan.num_q_tiles * plan.num_kv_tiles / max(height * width, 1))
-    visited = np.minimum((counts[0] + counts[1]) / per_cell, 1.0)
-    share_full = np.divide(counts[1], counts[0] + counts[1], out=np.zeros(height * width), where=visited > 0)
+    per_cell = max(1.0, q_tiles * kv_tiles / max(height * width, 1))
+    visited = np.minimum((partial + filled) / per_cell, 1.0)
+    share_full = np.divide(filled, partial + filled, out=np.zeros(height * width), where=visited > 0)
     colour = share_full[:, None] * np.array(_FULL) + (1 - share_full)[:, None] * np.array(_PARTIAL)
     image = visited[:, None] * colour + (1 - visited)[:, None] * np.array(_EMPTY)
     return image.reshape(height, width, 3)
@@ -68,25 +76,37 @@ def plot_plan(plan: BlockSparsePlan, path: str | Path | None = None) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9, 8.6), layout="constrained")
-    axes = figure.add_subplot()
-    extent = (0, max(plan.num_kv_tiles, 1), max(plan.num_q_tiles, 1), 0)
-    if plan.num_q_tiles and plan.num_kv_tiles:
-        axes.imshow(tile_image(plan), extent=extent, aspect="auto", interpolation="nearest")
-    else:
-        axes.set_xlim(extent[:2])
-        axes.set_ylim(extent[2:])
+    q_tiles, kv_tiles = shown_tiles(plan)
+    figure = Figure(figsize=(9, 9.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 40), height_ratios=(40, 1), wspace=0.01, hspace=0.01)
+    tiles = figure.add_subplot(grid[0, 1])
+    if q_tiles and kv_tiles:
+        extent = (0, kv_tiles, q_tiles, 0)
+        tiles.imshow(tile_image(plan), extent=extent, aspect="auto", interpolation="nearest")
+    tiles.set_xticks([])
+    tiles.set_yticks([])
     stats = plan.stats()
-    axes.set_title(
+    hidden = [
+        f"{count:,} unused {what} not shown"
+        for count, what in (
+            (int(plan.q_count[q_tiles:].sum()), "queries"),
+            (int(plan.kv_count[kv_tiles:].sum()), "keys"),
+        )
+        if count
+    ]
+    tiles.set_title(
         f"{plan.num_q:,} x {plan.num_kv:,} tokens, tiles {plan.block_q} x {plan.block_kv}, softmax={plan.softmax}\n"
         f"{stats.full_tiles:,} full + {stats.partial_tiles:,} partial tiles visited, {stats.density:.1%} of dense, "
-        f"{stats.computed_per_true:.2f} pairs computed per pair needed",
+        f"{stats.computed_per_true:.2f} pairs computed per pair needed" + "".join(f"\n{text}" for text in hidden[:1]),
         fontsize=10,
     )
-    _label_axis(axes.xaxis, region_runs(plan, plan.kv_tokens), plan.num_kv_tiles, "keys")
-    _label_axis(axes.yaxis, region_runs(plan, plan.q_tokens), plan.num_q_tiles, "queries")
-    legend = [Patch(color=_FULL, label="full tile"), Patch(color=_PARTIAL, label="partial tile (masked)")]
-    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    rows, cols = region_runs(plan, plan.q_tokens[:q_tiles]), region_runs(plan, plan.kv_tokens[:kv_tiles])
+    colours = _region_colours([name for name, _, _ in [*rows, *cols]])
+    _region_strip(figure.add_subplot(grid[0, 0], sharey=tiles), rows, q_tiles, colours, vertical=True)
+    _region_strip(figure.add_subplot(grid[1, 1], sharex=tiles), cols, kv_tiles, colours, vertical=False)
+    handles = [Patch(color=_FULL, label="full tile"), Patch(color=_PARTIAL, label="partial tile (masked)")]
+    handles += [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
     if path is not None:
         suffix = Path(path).suffix.lstrip(".").lower() or "png"
         if suffix not in figure.canvas.get_supported_filetypes():
@@ -97,35 +117,36 @@ def plot_plan(plan: BlockSparsePlan, path: str | Path | None = None) -> Any:
     return figure
 
 
-def _label_axis(axis: Any, runs: list[tuple[str, float, float]], num_tiles: int, what: str) -> None:
-    """Name the regions at the middle of their runs and draw lines between them; tile numbers where there are none."""
-    axis.set_label_text(f"{what} in plan order (tiles)" if not runs or runs[0][0] == "unused" else what)
-    if len(runs) < 2 and (not runs or runs[0][0] == "unused"):
-        return
-    wide = [run for run in runs if run[2] - run[1] >= _LABEL_SHARE * num_tiles]
-    grouped = _join_repeats(runs) if len(wide) < len(runs) else runs
-    shown = [run for run in grouped if run[2] - run[1] >= _LABEL_SHARE * num_tiles] or grouped[:1]
-    axis.set_ticks([(start + stop) / 2 for _, start, stop in shown], [name for name, _, _ in shown])
-    axis.set_tick_params(length=0)
-    for label in axis.get_ticklabels():
-        label.set_fontsize(9)
-        if axis.axis_name == "y":
-            label.set_rotation(90)
-            label.set_va("center")
-    line = axis.axes.axvline if axis.axis_name == "x" else axis.axes.axhline
-    for _, start, _ in grouped[1:]:
-        line(start, color="0.35", linewidth=0.6)
+def _region_colours(names: list[str]) -> dict[str, Any]:
+    """A colour for each combination of regions, in order of appearance; grey for unused tokens."""
+    from matplotlib import colormaps
+
+    palette = colormaps["Set2"].colors + colormaps["tab20"].colors
+    distinct = [name for name in dict.fromkeys(names) if name != "unused"]
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(distinct)}
+    return {**colours, **({"unused": (0.8, 0.8, 0.8)} if "unused" in names else {})}
 
 
-def _join_repeats(runs: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """Unite short neighbouring runs into one labelled with all their regions, so that labels stay readable."""
-    joined: list[tuple[list[str], float, float]] = []
-    total = runs[-1][2]
+def _region_strip(
+    axes: Any, runs: list[tuple[str, float, float]], num_tiles: int, colours: dict[str, Any], *, vertical: bool
+) -> None:
+    """A strip along an axis, coloured by region; runs wide enough carry their name as well."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_frame_on(False)
+    axes.set_ylabel("queries, in plan order") if vertical else axes.set_xlabel("keys, in plan order")
     for name, start, stop in runs:
-        small = stop - start < _LABEL_SHARE * total
-        if joined and small and joined[-1][2] - joined[-1][1] < _LABEL_SHARE * total:
-            names, first, _ = joined[-1]
-            joined[-1] = (names if name in names else [*names, name], first, stop)
-        else:
-            joined.append(([name], start, stop))
-    return [(" / ".join(names), start, stop) for names, start, stop in joined]
+        draw = axes.axhspan if vertical else axes.axvspan
+        draw(start, stop, color=colours[name], linewidth=0)
+        if stop - start >= _LABEL_SHARE * num_tiles * (1 + len(name)):
+            x, y = (0.5, (start + stop) / 2) if vertical else ((start + stop) / 2, 0.5)
+            axes.text(
+                x,
+                y,
+                name,
+                transform=axes.get_yaxis_transform() if vertical else axes.get_xaxis_transform(),
+                rotation=90 if vertical else 0,
+                ha="center",
+                va="center",
+                fontsize=8,
+            )

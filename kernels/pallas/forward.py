@@ -178,9 +178,9 @@ def _accumulate(config: KernelConfig, refs: Any, *, masked: bool) -> None:
     # Scores stay in units of q k; the scale enters in the exponent, where a factor log2(e) is due anyway.
     factor = config.scale * LOG2_E
     scores = product(refs.q[...], refs.k[...], TRANSPOSED_RHS)  # (block_q, block_kv)
+    if masked:
+        scores = jnp.where(mask_bits(refs.words[...], bq), scores, -jnp.inf)
     if config.activation == "softmax":
-        if masked:
-            scores = jnp.where(mask_bits(refs.words[...], bq), scores, -jnp.inf)
         before = refs.row_max[...]  # (block_q, 128), lanes equal
         row_max = jnp.maximum(before, _fold(jnp.maximum, scores).max(axis=1, keepdims=True))
         prob = jnp.exp2((scores - widen(row_max, bkv)) * factor)
@@ -190,8 +190,6 @@ def _accumulate(config: KernelConfig, refs: Any, *, masked: bool) -> None:
         kept_output = refs.acc[...] * widen(decay, refs.acc.shape[1])
     else:
         prob = 1 / (1 + jnp.exp2(scores * -factor))
-        if masked:
-            prob = jnp.where(mask_bits(refs.words[...], bq), prob, 0.0)
         kept_output = refs.acc[...]
     if config.dropout_p:
         keep = kept(widen(refs.q_hash_column[...], bkv), refs.kv_hash[...], config.dropout_p)

@@ -286,7 +286,7 @@ def attention(
     row_weight: Tensor | None,
     activation: str,
     dropout_p: float,
-    seed: int | None,
+    seed: int | Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output in q's dtype, or output and log-sum-exp; differentiable once."""
@@ -300,7 +300,7 @@ def attention(
         scale=scale,
         sigmoid=activation == "sigmoid",
         dropout_p=dropout_p,
-        seed=0 if seed is None else int(seed),
+        seed=0 if seed is None else int(seed) % 2**64,
         return_lse=return_lse,
     )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -92,22 +92,24 @@ def attention(
     row_weight: Any,  # (num_sets, block_q) or None for the plan's
     activation: Activation,
     dropout_p: float,
-    seed: int | None,
+    seed: Any,  # int; for torch also a tensor of one int, for JAX a uint32 array of two words
     return_lse: bool,
 ) -> Any:
     """Output, or output and log-sum-exp; differentiable for torch tensors and JAX arrays."""
-    call = Call(plan, scale, activation, dropout_p, seed)
     out: Any
     lse: Any
-    match framework_of(q):
+    framework = framework_of(q)
+    if framework == "jax":
+        from canvas_engineering.kernels.reference.jax_bridge import jax_attention
+
+        out, lse = jax_attention(q, k, v, row_weight, seed, Call(plan, scale, activation, dropout_p, None))
+        return (out, lse) if return_lse else out
+    call = Call(plan, scale, activation, dropout_p, None if seed is None else int(seed) % 2**64)
+    match framework:
         case "torch":
             from canvas_engineering.kernels.reference.torch_bridge import torch_attention
 
             out, lse = torch_attention(q, k, v, row_weight, call)
-        case "jax":
-            from canvas_engineering.kernels.reference.jax_bridge import jax_attention
-
-            out, lse = jax_attention(q, k, v, row_weight, call)
         case _:
             out, lse = call.forward(q, k, v, plan.row_weight if row_weight is None else row_weight)
             out = out.astype(q.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,22 @@ if TYPE_CHECKING:
 
 
 def jax_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, row_weight: jax.Array | None, call: Call
+    q: jax.Array, k: jax.Array, v: jax.Array, row_weight: jax.Array | None, seed: Any, call: Call
 ) -> tuple[jax.Array, jax.Array]:
-    """Output in q's dtype and log-sum-exp in float32 (float64 for float64)."""
+    """Output in q's dtype and log-sum-exp in float32 (float64 for float64).
+
+    ``seed`` is an int or two uint32 words; ``call`` carries none, so that a traced seed does not recompile.
+    """
     weight = jnp.asarray(call.plan.row_weight) if row_weight is None else row_weight
-    return _reference(call, q, k, v, weight)
+    if not isinstance(seed, jax.Array):
+        number = 0 if seed is None else int(seed)
+        seed = jnp.asarray(np.array([number & 0xFFFFFFFF, number >> 32], np.uint32))
+    return _reference(call, q, k, v, weight, seed)
+
+
+def _with_seed(call: Call, words: Any) -> Call:
+    low, high = (int(word) for word in np.asarray(words))
+    return replace(call, seed=low | high << 32)
 
 
 def _cast(arrays: tuple[Any, ...], shapes: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Any, ...]:
@@ -27,15 +39,16 @@ def _cast(arrays: tuple[Any, ...], shapes: tuple[jax.ShapeDtypeStruct, ...]) -> 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _reference(
-    call: Call, q: jax.Array, k: jax.Array, v: jax.Array, row_weight: jax.Array
+    call: Call, q: jax.Array, k: jax.Array, v: jax.Array, row_weight: jax.Array, seed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     lse_dtype = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], lse_dtype))
 
     def on_host(*arrays: Any) -> tuple[Any, ...]:
-        return _cast(call.forward(*map(np.asarray, arrays)), shapes)
+        *operands, words = map(np.asarray, arrays)
+        return _cast(_with_seed(call, words).forward(*operands), shapes)
 
-    return jax.pure_callback(on_host, shapes, q, k, v, row_weight, vmap_method="sequential")
+    return jax.pure_callback(on_host, shapes, q, k, v, row_weight, seed, vmap_method="sequential")
 
 
 def _forward(call: Call, *operands: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
@@ -43,14 +56,16 @@ def _forward(call: Call, *operands: jax.Array) -> tuple[tuple[jax.Array, jax.Arr
 
 
 def _backward(
-    call: Call, operands: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, ...]:
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+    call: Call, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in saved[:4])
 
     def on_host(*arrays: Any) -> tuple[Any, ...]:
-        return _cast(call.backward(*map(np.asarray, arrays)), shapes)
+        q, k, v, row_weight, words, grad_out, grad_lse = map(np.asarray, arrays)
+        return _cast(_with_seed(call, words).backward(q, k, v, row_weight, grad_out, grad_lse), shapes)
 
-    return jax.pure_callback(on_host, shapes, *operands, *cotangents, vmap_method="sequential")
+    grads = jax.pure_callback(on_host, shapes, *saved, *cotangents, vmap_method="sequential")
+    return (*grads, None)
 
 
 _reference.defvjp(_forward, _backward)

@@ -54,18 +54,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def log2_shift(b_lse):
-    """Log-sum-exp as the shift of ``exp2``; rows without keys (-inf) get +inf, so that all probabilities are 0."""
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-
-
-@triton.jit
 def delta_kernel(
     p_out,
     p_grad_out,
     p_grad_lse,
+    p_lse,
     p_weight,
     p_delta,
+    p_shift,
     p_grad_weight,
     p_rows,
     p_tokens,
@@ -85,11 +81,14 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     MANY_SETS: tl.constexpr,
+    SIGMOID: tl.constexpr,
     PER_SET: tl.constexpr,
     GRAD_LSE: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr,
 ):
-    """``w * delta`` of every set row, and ``delta`` itself, which is the gradient of the row weight.
+    """What the other two kernels need of every set row: ``w * delta``, and the log-sum-exp as a shift of ``exp2``.
+
+    ``delta`` itself is the gradient of the row weight. The shift of rows without keys is +inf: probability 0.
 
     ``p_out`` holds the outputs of the single sets ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)`` when ``PER_SET``, else
     the attention's output with the given strides. ``p_grad_weight`` gets ``(B*H, num_sets, BLOCK_Q)`` partial
@@ -121,15 +120,19 @@ def delta_kernel(
 
     if GRAD_WEIGHT:
         tl.store(p_grad_weight + o_set, b_delta, mask=o_m < BLOCK_Q)
-    if PER_SET:
-        b_delta = b_delta * tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
-    if GRAD_LSE:
-        # d lse / d score = p, which enters ds with the opposite sign of delta.
-        b_delta = b_delta - tl.load(p_grad_lse + batch_head * num_q + rows64, mask=m_m, other=0.0)
-    if MANY_SETS:
-        tl.store(p_delta + o_set, b_delta, mask=o_m < BLOCK_Q)
-    else:
-        tl.store(p_delta + batch_head * num_q + rows64, b_delta, mask=m_m)
+    if not SIGMOID:
+        if MANY_SETS:
+            o_lse = o_set
+        else:
+            o_lse = batch_head * num_q + rows64
+        if PER_SET:
+            b_delta = b_delta * tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+        if GRAD_LSE:
+            # d lse / d score = p, which enters ds with the opposite sign of delta.
+            b_delta = b_delta - tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
+        b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("-inf"))
+        tl.store(p_delta + o_lse, b_delta, mask=m_m)
+        tl.store(p_shift + o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_m)
 
 
 @triton.jit
@@ -138,7 +141,7 @@ def backward_q_kernel(
     p_k,
     p_v,
     p_grad_out,
-    p_lse,
+    p_shift,
     p_delta,
     p_grad_q,
     p_weight,
@@ -229,7 +232,7 @@ def backward_q_kernel(
             alive = tl.sum((b_w != 0.0).to(tl.int32), 0) > 0
         if alive:
             if not SIGMOID:
-                b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
+                b_shift = tl.load(p_shift + o_lse, mask=m_m, other=0.0)
                 b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
             begin = tl.load(set_begin + s)
             end = tl.load(set_end + s)
@@ -287,7 +290,7 @@ def backward_kv_kernel(
     p_k,
     p_v,
     p_grad_out,
-    p_lse,
+    p_shift,
     p_delta,
     p_grad_k,
     p_grad_v,
@@ -411,7 +414,7 @@ def backward_kv_kernel(
                     o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
                 else:
                     o_lse = batch_head * num_q + q_tokens
-                b_shift = log2_shift(tl.load(p_lse + o_lse, mask=m_m, other=float("-inf")))
+                b_shift = tl.load(p_shift + o_lse, mask=m_m, other=0.0)
                 b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
                 b_p = tl.math.exp2(b_s - b_shift[None, :])
 

@@ -150,6 +150,7 @@ def forward(
 def delta(
     out: torch.Tensor,
     grad_out: torch.Tensor,
+    lse: torch.Tensor,
     grad_lse: torch.Tensor | None,
     row_weight: torch.Tensor,
     rows: torch.Tensor,
@@ -158,9 +159,10 @@ def delta(
     *,
     per_set: bool,
     delta: torch.Tensor,
+    shift: torch.Tensor,
     grad_weight: torch.Tensor | None,
 ) -> None:
-    """Write ``delta`` and the partial sums ``grad_weight`` ``(B*Hq, num_sets, block_q)`` (see ``delta_kernel``)."""
+    """Write ``delta``, ``shift`` and the partial sums ``grad_weight`` ``(B*Hq, num_sets, block_q)`` (see ``delta_kernel``)."""
     batch, heads, num_q, head_dim = grad_out.shape
     num_sets = row_weight.shape[0]
     block_m = min(64, max(16, 1 << (call.block_q - 1).bit_length()))
@@ -170,9 +172,11 @@ def delta(
     delta_kernel[(blocks * batch * heads,)](
         out,
         grad_out,
-        delta if grad_lse is None else grad_lse,
+        lse if grad_lse is None else grad_lse,
+        lse,
         row_weight,
         delta,
+        shift,
         delta if grad_weight is None else grad_weight,
         rows,
         tokens,
@@ -188,6 +192,7 @@ def delta(
         BLOCK_M=block_m,
         CONTIGUOUS=call.contiguous,
         MANY_SETS=call.many_sets,
+        SIGMOID=call.sigmoid,
         PER_SET=per_set,
         GRAD_LSE=grad_lse is not None,
         GRAD_WEIGHT=grad_weight is not None,
@@ -200,7 +205,7 @@ def backward_q(
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
     delta: torch.Tensor,
     row_weight: torch.Tensor,
     seed: torch.Tensor | None,
@@ -223,7 +228,7 @@ def backward_q(
         k,
         v,
         grad_out,
-        lse,
+        shift,
         delta,
         grad_q,
         row_weight,
@@ -257,7 +262,7 @@ def backward_kv(
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
-    lse: torch.Tensor,
+    shift: torch.Tensor,
     delta: torch.Tensor,
     row_weight: torch.Tensor,
     seed: torch.Tensor | None,
@@ -280,7 +285,7 @@ def backward_kv(
         k,
         v,
         grad_out,
-        lse,
+        shift,
         delta,
         grad_k,
         grad_v,

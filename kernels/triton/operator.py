@@ -140,13 +140,12 @@ def _backward(
 
     # Per batch and head, then added in a fixed order: no atomics.
     partial = q.new_empty((batch * heads, *row_weight.shape), dtype=torch.float32) if need_weight else None
-    delta = torch.empty_like(lse)
+    delta, shift = torch.empty_like(lse), torch.empty_like(lse)
     if not call.sigmoid or need_weight:
-        if call.sigmoid:
-            delta = q.new_empty(_lse_shape(q, row_weight, call.many_sets), dtype=torch.float32)
         launch.delta(
             set_out if per_set else out,
             grad_out,
+            lse,
             grad_lse,
             row_weight,
             rows,
@@ -154,6 +153,7 @@ def _backward(
             call,
             per_set=per_set,
             delta=delta,
+            shift=shift,
             grad_weight=partial,
         )
     if need_q:
@@ -162,7 +162,7 @@ def _backward(
             k,
             v,
             grad_out,
-            lse,
+            shift,
             delta,
             row_weight,
             seed,
@@ -181,7 +181,7 @@ def _backward(
             k,
             v,
             grad_out,
-            lse,
+            shift,
             delta,
             row_weight,
             seed,
