@@ -6,7 +6,6 @@ import ctypes
 import ctypes.util
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,31 +13,53 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """Memory that ``call`` needed on top of what was held before it; None where the system does not tell.
+class Counter:
+    """Memory that was needed between :meth:`start` and :meth:`stop`, on top of what was held before.
 
     On a GPU this is what torch's allocator handed out. On the CPU it is the growth of the process' resident set:
     its high-water mark where Linux lets it be reset, else a sample every two milliseconds. Memory that the C
     library keeps from earlier calls is given back first; what it cannot give back makes the number smaller.
     """
-    if device != "cpu":
-        import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    if sys.platform != "linux":
-        return None
-    _trim()
-    before = _status("VmRSS")
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        return max(0, _sampled(call) - before)
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._before = 0
+        self._watcher: _Watcher | None = None
+
+    def start(self) -> None:
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        elif sys.platform == "linux":
+            _trim()
+            self._before = _status("VmRSS")
+            try:
+                _CLEAR_REFS.write_text("5")
+            except OSError:
+                self._watcher = _Watcher()
+
+    def stop(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.synchronize(self._device)
+            return int(torch.cuda.max_memory_allocated(self._device)) - self._before
+        if sys.platform != "linux":
+            return None
+        peak = _status("VmHWM") if self._watcher is None else self._watcher.stop()
+        self._watcher = None
+        return max(0, peak - self._before)
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """What a :class:`Counter` says about one call."""
+    counter = Counter(device)
+    counter.start()
     call()
-    return max(0, _status("VmHWM") - before)
+    return counter.stop()
 
 
 def total_bytes() -> int | None:
@@ -66,21 +87,20 @@ def _trim() -> None:
         trim(0)
 
 
-def _sampled(call: Callable[[], object]) -> int:
-    """Largest resident set seen by a thread that looks every two milliseconds."""
-    peak, done = _status("VmRSS"), threading.Event()
+class _Watcher:
+    """A thread that looks at the resident set every two milliseconds."""
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, _status("VmRSS"))
-            time.sleep(0.002)
+    def __init__(self) -> None:
+        self._peak = _status("VmRSS")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return max(peak, _status("VmRSS"))
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._peak = max(self._peak, _status("VmRSS"))
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return max(self._peak, _status("VmRSS"))

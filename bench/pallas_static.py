@@ -13,12 +13,8 @@ Needs libtpu (``pip install libtpu``). Every configuration is compiled in a proc
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -63,7 +59,6 @@ def splash(compiler: Any, block_q: int, block_kv: int, head_dim: int, dtype: str
         splash_attention_kernel as kernels,
         splash_attention_mask as masks,
     )
-
 
     tokens_q, tokens_kv = NUM_TILES * block_q, NUM_TILES * block_kv
     # The mask of a row of tiles at a time: Splash wants an array-like of the full shape.

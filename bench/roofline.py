@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -29,9 +28,11 @@ class Ceilings:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def floor_seconds(self, flops: float, moved: float) -> float:
-        """Least time for this much arithmetic and traffic, whichever binds."""
-        return max(flops / self.matmul, moved / self.copy)
+    def at_least(self, other: Ceilings | None) -> Ceilings:
+        """The better of two measurements."""
+        if other is None:
+            return self
+        return Ceilings(self.dtype, max(self.matmul, other.matmul), max(self.copy, other.copy))
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,22 @@ class Work:
         )
 
 
-def measure_ceilings(device: str, dtype: str, seconds: float = 0.6) -> Ceilings:
-    """Rates of a large matrix product and of a large copy: the fastest of several, since noise only slows down."""
+def floor_seconds(ceilings: dict[str, Any], flops: float, moved: float) -> float:
+    """Least time for this much arithmetic and traffic, whichever binds; ``ceilings`` as in the results."""
+    return float(max(flops / ceilings["matmul"], moved / ceilings["copy"]))
+
+
+def measure_ceilings(device: str, dtype: str, seconds: float = 0.1) -> Ceilings:
+    """Rates of a large matrix product and of a large copy: the fastest of several, since noise only slows down.
+
+    A run measures them again and again and keeps the best: a ceiling is what the device can do, not what it did
+    beside other work.
+    """
     to = getattr(torch, dtype)
     large = device != "cpu"
     size = 8192 if large else 1024
     a, b = (torch.randn(size, size, device=device).to(to) for _ in range(2))
-    source = torch.zeros((1 << 30 if large else 1 << 27) // to.itemsize, dtype=to, device=device)
+    source = torch.zeros((1 << 30 if large else 1 << 26) // to.itemsize, dtype=to, device=device)
     target = torch.empty_like(source)
     return Ceilings(
         dtype,
@@ -92,10 +102,9 @@ def _fastest(call: Any, device: str, seconds: float) -> float:
     synchronize(device)
     took: list[float] = []
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(took) < 5:
+    while time.perf_counter() < stop or len(took) < 3:
         start = time.perf_counter()
         call()
         synchronize(device)
         took.append(time.perf_counter() - start)
-    # The fastest twentieth: a ceiling is what the device can do, not what it did beside other work.
-    return statistics.median(sorted(took)[: max(1, len(took) // 20)])
+    return min(took)

@@ -79,7 +79,9 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def pedantic(self, target: Callable[..., Any], *, setup: Callable[[], Any], rounds: int, warmup_rounds: int) -> None:
+    def pedantic(
+        self, target: Callable[..., Any], *, setup: Callable[[], Any], rounds: int, warmup_rounds: int
+    ) -> None:
         for number in range(rounds + warmup_rounds):
             args, keywords = setup()
             start = time.perf_counter()

@@ -35,7 +35,7 @@ def decode_loop(q: Float64, k: Float64, v: Float64, plan: BlockSparsePlan) -> Fl
 
 
 def softmax_attention(q: Float64, k: Float64, v: Float64, allowed: list[NDArray[np.bool_]]) -> Float64:
-    """``k``, ``v`` ``(entries, block_kv, D)``; one row after the other, with Python's arithmetic on its allowed keys."""
+    """``k``, ``v`` ``(entries, block_kv, D)``; one row after the other, on its allowed keys."""
     out = np.zeros_like(q)
     mask = np.concatenate(allowed, axis=1)
     for i, row in enumerate(mask):
@@ -143,12 +143,12 @@ def test_renumbered_plans_drop_by_their_own_numbers() -> None:
     plan = BY_NAME["permuted"].plan()
     inputs = BY_NAME["permuted"].inputs(plan)
     q_order, kv_order = plan.q_order, plan.kv_order
-    ordered = [x[:, :, order] for x, order in ((inputs.q, q_order), (inputs.k, kv_order), (inputs.v, kv_order))]
+    q, k, v = inputs.q[:, :, q_order], inputs.k[:, :, kv_order], inputs.v[:, :, kv_order]
     plain, _ = attention_forward(inputs.q, inputs.k, inputs.v, plan)
-    same, _ = attention_forward(*ordered, plan.in_plan_order)
+    same, _ = attention_forward(q, k, v, plan.in_plan_order)
     np.testing.assert_allclose(same, plain[:, :, q_order], rtol=1e-12)
     dropped, _ = attention_forward(inputs.q, inputs.k, inputs.v, plan, dropout_p=0.5, seed=1)
-    other, _ = attention_forward(*ordered, plan.in_plan_order, dropout_p=0.5, seed=1)
+    other, _ = attention_forward(q, k, v, plan.in_plan_order, dropout_p=0.5, seed=1)
     assert np.abs(other - dropped[:, :, q_order]).max() > 0.1
 
 
@@ -188,7 +188,7 @@ def test_dropout_bits_are_fixed() -> None:
     seed, bh, q, k = 0x0123456789ABCDEF, 5, 70_000, 3_000_000_000
     row = mix(mix(0x89ABCDEF ^ bh * 0x9E3779B1 % 2**32) ^ q * 0x85EBCA77 % 2**32 ^ 0x01234567 * 0x27D4EB2F % 2**32)
     assert int(dropout_bits(seed, bh, q, k)) == mix(row ^ k * 0xC2B2AE3D % 2**32)
-    assert dropout_bits(0, 0, np.arange(3), 0).tolist() == [0, 2889166374, 2171858867]
+    assert dropout_bits(0, 0, np.arange(3), 0).tolist() == [0, 3101407162, 3966133510]
 
 
 def test_dropout_keeps_the_wanted_share() -> None:

@@ -118,7 +118,7 @@ class OldRelease(Variant):
         self._process = _process()
         arrays = self._process.folder / "arrays.npz"
         parameters = {f"p:{name}": value.detach().numpy() for name, value in module.state_dict().items()}
-        np.savez(arrays, x=x.detach().numpy(), grad_out=grad_out.numpy(), **parameters)  # type: ignore[arg-type]
+        np.savez(arrays, x=x.detach().numpy(), grad_out=grad_out.numpy(), **parameters)
         layout = declared.layout
         built = self._process.ask(
             "build",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from canvas_engineering.attention.base import (
     AttentionFunction,
@@ -16,48 +15,8 @@ from canvas_engineering.attention.base import (
     softmax_attention,
 )
 from canvas_engineering.attention.scan import linear_scan
+from canvas_engineering.attention.selective_scan import selective_scan
 from canvas_engineering.errors import CanvasError
-
-#: State elements (batch * steps * channels * state) that one segment of a selective scan may hold.
-SEGMENT_ELEMENTS = 1 << 19
-
-
-def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``h[t] = exp(a dt[t]) h[t-1] + dt[t] b[t] x[t]``, ``y[t] = c[t] · h[t]`` (Mamba, arXiv:2312.00752, section 3).
-
-    Args:
-        x, dt: inputs and step sizes, (B, M, d).
-        a: decay rates, (d, s), negative.
-        b, c: input and output maps, (B, M, s).
-
-    Returns:
-        y, (B, M, d). Time is cut into segments that are recomputed in the backward pass, so memory is
-        O(B M d) plus a few times one segment's states.
-    """
-    batch, n_steps, d = x.shape
-    length = max(1, SEGMENT_ELEMENTS // max(1, batch * d * a.shape[1]))
-    state = x.new_zeros(batch, d * a.shape[1])
-    if n_steps <= length:
-        return _scan_segment(x, dt, a, b, c, state)[0]
-    recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, a, b, c))
-    outputs = []
-    for x_part, dt_part, b_part, c_part in zip(*(t.split(length, dim=1) for t in (x, dt, b, c)), strict=True):
-        inputs = (x_part, dt_part, a, b_part, c_part, state)
-        if recompute:
-            y, state = checkpoint(_scan_segment, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, state = _scan_segment(*inputs)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1)
-
-
-def _scan_segment(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One segment from ``state`` (B, d * s): y (B, m, d) and the last state."""
-    decay = torch.exp(dt.unsqueeze(-1) * a)  # (B, m, d, s)
-    inputs = (dt * x).unsqueeze(-1) * b.unsqueeze(2)  # (B, m, d, s)
-    h = linear_scan(decay.flatten(2), inputs.flatten(2), state)
-    y = torch.einsum("bmds,bms->bmd", h.view_as(decay), c)
-    return y, h[:, -1] if h.shape[1] else state
 
 
 class MambaAttention(AttentionFunction):

@@ -28,52 +28,71 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
         initial: state before the first step, (B, X).
 
     Returns:
-        All states, (B, M, X). Differentiable, also twice; the backward pass is a scan in the other direction.
+        All states, (B, M, X). Differentiable once; the backward pass is a scan in the other direction.
     """
     if initial is None:
         initial = b.new_zeros(b.shape[0], b.shape[2])
     if b.shape[1] == 0:
         return b
-    return _linear_scan(a.expand_as(b), b, initial, False)
+    return _linear_scan(a.expand_as(b), b, initial)
 
 
-# An operator of its own, so that torch.compile takes the scan as one node instead of unrolling its loops.
+def linear_scan_gradients(a: Tensor, initial: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``a``, ``b`` and ``initial``, given the states ``h`` and their gradient, without autograd.
+
+    ``grad_b[t] = grad[t] + a[t+1] * grad_b[t+1]``, a scan backward in time.
+    """
+    grad_b = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    grad_b[:, -1] = grad[:, -1]
+    scan_into(grad_b[:, :-1], a[:, 1:], grad[:, :-1], grad_b[:, -1], reverse=True)
+    grad_a = torch.empty_like(grad_b)
+    torch.mul(grad_b[:, 0], initial, out=grad_a[:, 0])
+    torch.mul(grad_b[:, 1:], h[:, :-1], out=grad_a[:, 1:])
+    return grad_a, grad_b, a[:, 0] * grad_b[:, 0]
+
+
+# Operators of their own, so that torch.compile takes a scan as one node instead of unrolling its loops.
 @torch.library.custom_op("canvas_engineering::linear_scan", mutates_args=())
-def _linear_scan(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
-    """The scan, forward in time or, with ``reverse``, backward: ``h[t] = a[t] * h[t+1] + b[t]``."""
-    return _scan(a, b, initial, reverse)
+def _linear_scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+    h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    scan_into(h, a, b, initial)
+    return h
+
+
+@torch.library.custom_op("canvas_engineering::linear_scan_backward", mutates_args=())
+def _linear_scan_backward(a: Tensor, initial: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_scan_gradients(a, initial, h, grad)
 
 
 @_linear_scan.register_fake
-def _(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+def _(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     return b.new_empty(b.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    a, _, initial, ctx.reverse = inputs
+@_linear_scan_backward.register_fake
+def _(a: Tensor, initial: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape), initial.new_empty(initial.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    a, _, initial = inputs
     ctx.save_for_backward(a, initial, output)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    a, initial, h = ctx.saved_tensors
-    reverse = ctx.reverse
-    first = -1 if reverse else 0
-    # grad_b[t] = grad[t] + a[t+1] * grad_b[t+1]; the factor that roll() wraps around meets a zero state.
-    a_next = a.roll(1 if reverse else -1, dims=1)
-    grad_b = _linear_scan(a_next, grad, torch.zeros_like(initial), not reverse)
-    h_before = torch.cat((h[:, 1:], initial.unsqueeze(1)) if reverse else (initial.unsqueeze(1), h[:, :-1]), dim=1)
-    return grad_b * h_before, grad_b, a[:, first] * grad_b[:, first], None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor] = _linear_scan_backward(*ctx.saved_tensors, grad)
+    return grads
 
 
 _linear_scan.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _scan(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+def scan_into(h: Tensor, a: Tensor, b: Tensor, initial: Tensor, *, reverse: bool = False) -> None:
+    """Write the scan to ``h`` (B, M, X), without autograd; with ``reverse``, ``h[t] = a[t] * h[t+1] + b[t]``."""
     n_steps = b.shape[1]
     length = math.isqrt(n_steps) if n_steps > SHORT else 1
     n_chunks = n_steps // length if length > 1 else 0
     chunked = n_chunks * length
-    h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
     state = initial
 
     def ordered(count: int) -> range:
@@ -99,4 +118,3 @@ def _scan(a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> Tensor:
     a_rest, b_rest, h_rest = a[:, leftover], b[:, leftover], h[:, leftover]
     for t in ordered(n_steps - chunked):
         state = torch.addcmul(b_rest[:, t], a_rest[:, t], state, out=h_rest[:, t])
-    return h

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,7 @@ class Candidate:
     visited: int
     true_pairs: int
     windowed: bool
+    speed: float
 
     @property
     def computed_pairs(self) -> int:
@@ -59,9 +60,8 @@ class Candidate:
 
     def rank(self) -> tuple[bool, float]:
         """Sort key: within the waste limit first, then predicted time."""
-        speed = AUTO_TILES.get((self.rows.block, self.cols.block), 1.0)
         wasteful = not self.windowed and self.computed_pairs > WASTE_LIMIT * self.true_pairs
-        time = self.computed_pairs / speed + ENTRY_OVERHEAD * self.visited
+        time = self.computed_pairs / self.speed + ENTRY_OVERHEAD * self.visited
         # Padding tiles that nothing visits still have to be written and carried.
         return wasteful, time + (self.rows.tiles.size + self.cols.tiles.size)
 
@@ -155,15 +155,16 @@ def pattern_visits(parts: Parts, rows: Tiling, cols: Tiling) -> int:
     return visits
 
 
-def tile_pairs(block_q: int | str, block_kv: int | str) -> list[tuple[int, int]]:
-    """Tile sizes to try: the fixed ones, or those of ``AUTO_TILES`` that agree with a fixed one."""
-    if isinstance(block_q, int) and isinstance(block_kv, int):
-        return [(block_q, block_kv)]
-    q_sizes = sorted({q for q, _ in AUTO_TILES}) if block_q == "auto" else [int(block_q)]
-    kv_sizes = sorted({kv for _, kv in AUTO_TILES}) if block_kv == "auto" else [int(block_kv)]
+TileTable = Mapping[tuple[int, int], float]
+
+
+def tile_table(block_q: int | str, block_kv: int | str, tiles: TileTable = AUTO_TILES) -> TileTable:
+    """Tile sizes to try, with their relative speed: those of ``tiles`` that agree with a fixed size."""
+    q_sizes = sorted({q for q, _ in tiles}) if block_q == "auto" else [int(block_q)]
+    kv_sizes = sorted({kv for _, kv in tiles}) if block_kv == "auto" else [int(block_kv)]
     pairs = list(itertools.product(q_sizes, kv_sizes))
-    listed = [pair for pair in pairs if pair in AUTO_TILES]
-    return listed or pairs
+    # A fixed size that the table lacks goes with every size of the other side.
+    return {pair: tiles[pair] for pair in pairs if pair in tiles} or dict.fromkeys(pairs, 1.0)
 
 
 class _Tilings:
@@ -200,22 +201,20 @@ def _candidates(
     parts: Parts,
     rows: _Tilings,
     cols: _Tilings,
-    pairs: Sequence[tuple[int, int]],
+    tiles: TileTable,
     alignments: Sequence[float],
     pairs_needed: int,
     windowed: bool,
 ) -> Iterator[Candidate]:
-    for block_q, block_kv in pairs:
+    for (block_q, block_kv), speed in tiles.items():
         for q_tiling in rows.tilings(block_q, alignments):
             for kv_tiling in cols.tilings(block_kv, alignments):
                 visited = rows.rectangles(parts, q_tiling).visits(cols.touched(parts, kv_tiling))
                 visited += pattern_visits(parts, q_tiling, kv_tiling)
-                yield Candidate(q_tiling, kv_tiling, visited, pairs_needed, windowed)
+                yield Candidate(q_tiling, kv_tiling, visited, pairs_needed, windowed, speed)
 
 
-def choose(
-    parts: Parts, orders: Sequence[tuple[Order, Order]], pairs: Sequence[tuple[int, int]], *, same_tokens: bool
-) -> Candidate:
+def choose(parts: Parts, orders: Sequence[tuple[Order, Order]], tiles: TileTable, *, same_tokens: bool) -> Candidate:
     """The cheapest candidate; ties go to the earlier one.
 
     Orders are compared first, with a small and a large tile and everything packed; the best few then meet all
@@ -223,14 +222,14 @@ def choose(
     """
     needed = true_pairs(parts)
     windowed = 2 * sum(part_pairs(part) for part in parts.parts if isinstance(part.pattern, BoxPattern)) > needed
-    probes = sorted(set(pairs) & set(PROBE_TILES)) or list(pairs[:1])
+    probes = {pair: tiles[pair] for pair in PROBE_TILES if pair in tiles} or dict(list(tiles.items())[:1])
 
-    def least(order: tuple[Order, Order], tiles: Sequence[tuple[int, int]], alignments: Sequence[float]) -> Candidate:
+    def least(order: tuple[Order, Order], table: TileTable, alignments: Sequence[float]) -> Candidate:
         rows = _Tilings(order[0])
         cols = rows if same_tokens else _Tilings(order[1])
-        return min(_candidates(parts, rows, cols, tiles, alignments, needed, windowed), key=Candidate.rank)
+        return min(_candidates(parts, rows, cols, table, alignments, needed, windowed), key=Candidate.rank)
 
     finalists = list(orders)
     if len(orders) > FINALISTS:
         finalists.sort(key=lambda order: least(order, probes, ALIGNMENTS[:1]).rank())
-    return min((least(order, pairs, ALIGNMENTS) for order in finalists[:FINALISTS]), key=Candidate.rank)
+    return min((least(order, tiles, ALIGNMENTS) for order in finalists[:FINALISTS]), key=Candidate.rank)

@@ -21,7 +21,7 @@ from canvas_engineering.groups import (
     with_pattern,
 )
 from canvas_engineering.plan.assemble import assemble, normalized
-from canvas_engineering.plan.auto import choose, tile_pairs
+from canvas_engineering.plan.auto import AUTO_TILES, TileTable, choose, tile_table
 from canvas_engineering.plan.parts import Parts, make_parts
 from canvas_engineering.plan.plan import BlockSize, BlockSparsePlan, Softmax
 from canvas_engineering.plan.tiling import Order, OrderName, order_atoms, spatial_ranks
@@ -143,6 +143,7 @@ def compile_groups(
     grid: tuple[int, ...] | None = None,
     kv_grid: tuple[int, ...] | None = None,
     keep_order: bool = False,
+    tiles: TileTable = AUTO_TILES,
     source: str = "",
 ) -> BlockSparsePlan:
     """Compile groups.
@@ -155,6 +156,7 @@ def compile_groups(
         grid: Shape whose row-major positions the query tokens are, for spatial token orders.
         kv_grid: The same for keys when they are other tokens than the queries; None means the same tokens
             (if ``grid`` is given).
+        tiles: The tile sizes that ``"auto"`` chooses from, with their relative speeds.
         keep_order: Keep the tokens in the order in which they are numbered, instead of choosing one.
         source: What the groups came from, for messages.
 
@@ -165,13 +167,15 @@ def compile_groups(
     same_tokens = grid is not None and kv_grid is None
     parts = make_parts(groups, num_q, num_kv, joint=joint, same_tokens=same_tokens)
     orders = list(_orders(parts, grid, kv_grid, same_tokens, keep_order))
-    best = choose(parts, orders, tile_pairs(block_q, block_kv), same_tokens=same_tokens)
+    best = choose(parts, orders, tile_table(block_q, block_kv, tiles), same_tokens=same_tokens)
     return assemble(parts, best.rows, best.cols, num_q, num_kv, source)
 
 
-def shared_order(groups: Sequence[Group], num_tokens: int, grid: tuple[int, ...]) -> NDArray[np.int64]:
+def shared_order(
+    groups: Sequence[Group], num_tokens: int, grid: tuple[int, ...], tiles: TileTable = AUTO_TILES
+) -> NDArray[np.int64]:
     """``(num_tokens,)`` one token order for several plans of a canvas: the cheapest for all groups together."""
-    plan = compile_groups(groups, num_tokens, num_tokens, joint=False, grid=grid)
+    plan = compile_groups(groups, num_tokens, num_tokens, joint=False, grid=grid, tiles=tiles)
     return plan.q_order.astype(np.int64)
 
 

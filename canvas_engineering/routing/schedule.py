@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from canvas_engineering.groups import BoxPattern, Group, PairPattern, Pattern, resolve_groups, with_pattern
 from canvas_engineering.plan import BlockSize, BlockSparsePlan
+from canvas_engineering.plan.auto import AUTO_TILES, TileTable
 from canvas_engineering.plan.compile import compile_groups, shared_order
 from canvas_engineering.routing.edges import Edge
 
@@ -119,6 +120,7 @@ def build_schedule(
     skip_temporal: bool = False,
     block_q: BlockSize = "auto",
     block_kv: BlockSize = "auto",
+    tiles: TileTable = AUTO_TILES,
 ) -> Schedule:
     """Sort the groups of a topology into plans and direct calls.
 
@@ -127,6 +129,7 @@ def build_schedule(
         edges: Its edges (``resolve_edges``).
         traits: How each function named by an edge runs.
         block_q, block_kv: Tile sizes of the plans.
+        tiles: What ``"auto"`` chooses from: tile sizes that the backend takes, with their relative speeds.
 
     Raises:
         PlanError: A tile size that is not allowed.
@@ -153,12 +156,12 @@ def build_schedule(
     order, plan_calls = None, []
     if pieces:
         everything = [group for _, _, mine in pieces for group in mine]
-        order = shared_order(everything, layout.num_positions, (layout.T, *layout.spatial_shape))
+        order = shared_order(everything, layout.num_positions, (layout.T, *layout.spatial_shape), tiles)
         place = np.empty(order.size, np.int64)
         place[order] = np.arange(order.size)
         plan_calls = [
             # Rows without keys still get the output projection's bias, so the rows are those of the whole groups.
-            _plan_call(fn, expert, mine, _used(by_function[fn], "rows", place), order, place, block_q, block_kv)
+            _plan_call(fn, expert, mine, _used(by_function[fn], "rows", place), order, place, block_q, block_kv, tiles)
             for fn, expert, mine in pieces
         ]
     return Schedule(
@@ -223,6 +226,7 @@ def _plan_call(
     place: Tokens,
     block_q: BlockSize,
     block_kv: BlockSize,
+    tiles: TileTable,
 ) -> PlanCall:
     """Compile the groups of one kernel call on the tokens it uses, numbered in the shared order.
 
@@ -258,6 +262,7 @@ def _plan_call(
         block_q=block_q,
         block_kv=block_kv,
         keep_order=True,
+        tiles=tiles,
         source=fn if expert is None else f"{fn}, expert {expert}",
     )
     to_canvas = order if rows is None else order[rows]

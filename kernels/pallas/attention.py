@@ -56,7 +56,7 @@ def plan_attention(
     q_order = plan.lowered("pallas q order", lambda p: TokenOrder.of(p.q_tokens, p.num_q, p.digest))
     kv_order = plan.lowered("pallas kv order", lambda p: TokenOrder.of(p.kv_tokens, p.num_kv, p.digest))
     batch, heads_q, _, head_dim = q.shape
-    if not lowered.row_format.length or not lowered.col_format.length:  # no queries, or no keys
+    if not batch or not lowered.row_format.length or not lowered.col_format.length:  # no batch, queries or keys
         out = jnp.zeros_like(q)
         return (out, jnp.full(q.shape[:3], -jnp.inf, jnp.float32)) if return_lse else out
 

@@ -174,7 +174,7 @@ def launch(
         ),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
+            dimension_semantics=_semantics(len(grid), interpret),
             vmem_limit_bytes=max(DEFAULT_VMEM_BYTES, 2 * vmem_bytes),
             # Every index comes from a plan that was checked on the host. Checking it again before each copy
             # costs 15 bundles per operand and step: a tenth of a tile of 128 x 128.
@@ -198,6 +198,16 @@ def launch(
     start = [_vary(jnp.zeros(r.shape, r.dtype), varying) for r in results]
     carried, _ = lax.scan(lambda carry, chunk: (run(chunk, carry), None), start, list(words))
     return list(carried)
+
+
+def _semantics(dimensions: int, interpret: Interpret) -> tuple[Any, ...] | None:
+    """Heads are independent: cores may share them.
+
+    Interpret mode with one core gets none, because it does not take the grid that ``vmap`` makes with them.
+    """
+    if isinstance(interpret, pltpu.InterpretParams) and interpret.num_cores_or_threads == 1:
+        return None
+    return ("parallel", *["arbitrary"] * (dimensions - 1))
 
 
 def _shape_dtype(result: Result, varying: frozenset[Any]) -> jax.ShapeDtypeStruct:

@@ -338,7 +338,7 @@ def pack_along_sublanes(masks: NDArray[np.uint8], block_kv: int, *, transpose: b
         by_group = dense.reshape(dense.shape[0], groups, SUBLANES, lanes)
         for g in range(groups):
             packed[start : start + step, g // 32] |= by_group[:, g].astype(np.uint32) << np.uint32(g % 32)
-    return packed.reshape(num_masks, -1, lanes).view(np.int32)
+    return packed.reshape(num_masks, mask_words(rows), lanes).view(np.int32)
 
 
 def _unit_weight(plan: BlockSparsePlan) -> bool:

@@ -89,7 +89,9 @@ def _rectangles(plan: BlockSparsePlan, classes: RowClasses, chosen: NDArray[np.b
     if rows.size == 0:
         return []
     token = _tokens_of(plan, classes.slot[rows])
-    _, first, of_row, size = np.unique(classes.of_row[rows], return_index=True, return_inverse=True, return_counts=True)
+    _, first, of_row, size = np.unique(
+        _once_per_row(classes.of_row[rows], token), return_index=True, return_inverse=True, return_counts=True
+    )
     by_class = np.lexsort((token, of_row))
     row_start = np.concatenate([[0], np.cumsum(size)])
     keys, key_start = _keys_of(plan, classes.slot[rows[first]])
@@ -110,6 +112,18 @@ def _rectangles(plan: BlockSparsePlan, classes: RowClasses, chosen: NDArray[np.b
             )
         )
     return batches
+
+
+def _once_per_row(of_row: NDArray[np.intp], token: Int64) -> NDArray[np.intp]:
+    """Classes in which no token stands twice: one that reads the same keys in several sets gets several classes."""
+    order = np.lexsort((token, of_row))
+    again = (np.diff(of_row[order], prepend=-1) == 0) & (np.diff(token[order], prepend=-1) == 0)
+    if not again.any():
+        return of_row
+    position = np.arange(order.size)
+    number = np.empty_like(of_row)
+    number[order] = position - np.maximum.accumulate(np.where(again, 0, position))
+    return of_row + number * (of_row.max() + 1)
 
 
 def _tokens_of(plan: BlockSparsePlan, slot: Int64) -> Int64:

@@ -14,6 +14,7 @@ MINIMUM_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MINIMUM_CAPABILITY = (8, 0)
+MAX_TILE = 4096  # tokens of a tile
 Activation = Literal["softmax", "sigmoid"]
 
 
@@ -169,10 +170,13 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if scale <= 0:
+        # The kernels multiply a row's maximum by the scale, so they want a positive one.
+        q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
+    q, k, v = (_addressable(t) for t in (q, k, v))
     lowered = _lowered(plan, q.device)
     own_weight = row_weight is None
-    weight = lowered.row_weight if row_weight is None else row_weight.contiguous()
+    weight = lowered.row_weight if row_weight is None else row_weight.to(torch.float32).contiguous()
 
     save = SAVE_NOTHING
     columns = lowered.tokens  # a stand-in where no backward pass will read it
@@ -223,6 +227,12 @@ def _lowered_columns(plan: BlockSparsePlan, device: torch.device) -> Any:
     from canvas_engineering.kernels.triton.lower import lower_columns
 
     return lower_columns(plan, device)
+
+
+def _addressable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where the kernels' addresses do not reach: 32 bits for the rows of one tile."""
+    within_reach = tensor.stride(2) * MAX_TILE < 2**31
+    return tensor if tensor.stride(3) == 1 and within_reach else tensor.contiguous()
 
 
 def _seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -19,25 +19,26 @@ import triton
 import triton.language as tl
 
 from canvas_engineering.kernels.triton.layout import (
-    COLUMNS_BEGIN,
-    COLUMNS_COUNT,
-    COLUMNS_END,
-    COLUMNS_ENTRY,
-    COLUMNS_POSITION,
-    COLUMNS_WORK,
     ENTRY_COUNT,
     ENTRY_MASK,
     ENTRY_POSITION,
     ENTRY_SET,
     ENTRY_SIZE,
-    ROWS_BEGIN,
-    ROWS_COUNT,
-    ROWS_END,
-    ROWS_ENTRY,
-    ROWS_POSITION,
-    ROWS_SET_PTR,
-    ROWS_SET_TILE,
-    ROWS_WORK,
+    KV_TILE_COUNT,
+    KV_TILE_FIRST_ENTRY,
+    KV_TILE_LAST_ENTRY,
+    KV_TILE_POSITION,
+    KV_TILE_SIZE,
+    Q_TILE_COUNT,
+    Q_TILE_FIRST_ENTRY,
+    Q_TILE_FIRST_SET,
+    Q_TILE_LAST_SET,
+    Q_TILE_POSITION,
+    Q_TILE_SIZE,
+    SET_COUNT,
+    SET_LAST_ENTRY,
+    SET_POSITION,
+    SET_SIZE,
 )
 from canvas_engineering.kernels.triton.tiles import (
     block_tokens,
@@ -71,6 +72,7 @@ def delta_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
+    q_tiles,
     blocks_per_head,
     heads,
     num_q,
@@ -103,9 +105,9 @@ def delta_kernel(
     o_d = tl.arange(0, D)
     o_m = (program % blocks_per_head) % M_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
 
-    tile = tl.load(p_rows + tl.load(p_rows + ROWS_SET_TILE) + s)
-    position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
-    m_m = o_m < tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
+    p_set = p_rows + q_tiles * Q_TILE_SIZE + s * SET_SIZE
+    position = tl.load(p_set + SET_POSITION)
+    m_m = o_m < tl.load(p_set + SET_COUNT)
     rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
     o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
 
@@ -196,13 +198,15 @@ def backward_q_kernel(
     batch = batch_head // heads
     head = batch_head % heads
 
-    tile = tl.load(p_rows + tl.load(p_rows + ROWS_WORK) + work // M_BLOCKS)
-    position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
-    count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
-    set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
-    set_begin = p_rows + tl.load(p_rows + ROWS_BEGIN)
-    set_end = p_rows + tl.load(p_rows + ROWS_END)
-    p_entry = p_rows + tl.load(p_rows + ROWS_ENTRY)
+    q_tiles = blocks_per_head // M_BLOCKS
+    p_tile = p_rows + work // M_BLOCKS * Q_TILE_SIZE
+    p_sets = p_rows + q_tiles * Q_TILE_SIZE
+    p_entries = p_sets + num_sets * SET_SIZE
+    position = tl.load(p_tile + Q_TILE_POSITION)
+    count = tl.load(p_tile + Q_TILE_COUNT)
+    first_set = tl.load(p_tile + Q_TILE_FIRST_SET)
+    last_set = tl.load(p_tile + Q_TILE_LAST_SET)
+    end = tl.load(p_tile + Q_TILE_FIRST_ENTRY)
 
     o_d = tl.arange(0, D)
     o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -221,7 +225,9 @@ def backward_q_kernel(
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
     b_dq = tl.zeros([BLOCK_M, D], tl.float32)
-    for s in range(tl.load(set_ptr + tile), tl.load(set_ptr + tile + 1)):
+    for s in range(first_set, last_set):
+        begin = end
+        end = tl.load(p_sets + s * SET_SIZE + SET_LAST_ENTRY)
         if MANY_SETS:
             o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
         else:
@@ -234,10 +240,8 @@ def backward_q_kernel(
             if not SIGMOID:
                 b_shift = tl.load(p_shift + o_lse, mask=m_m, other=0.0)
                 b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
-            begin = tl.load(set_begin + s)
-            end = tl.load(set_end + s)
             # Entries are read one step ahead, so that the loads of k and v can be pipelined.
-            p_next = p_entry + begin * ENTRY_SIZE
+            p_next = p_entries + begin * ENTRY_SIZE
             next_position = tl.load(p_next + ENTRY_POSITION)
             next_count = tl.load(p_next + ENTRY_COUNT)
             next_mask = tl.load(p_next + ENTRY_MASK)
@@ -247,7 +251,7 @@ def backward_q_kernel(
                 kv_position = next_position
                 m_n = o_n < next_count
                 mask_id = next_mask
-                p_next = p_entry + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
+                p_next = p_entries + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
                 next_position = tl.load(p_next + ENTRY_POSITION)
                 next_count = tl.load(p_next + ENTRY_COUNT)
                 next_mask = tl.load(p_next + ENTRY_MASK)
@@ -258,19 +262,16 @@ def backward_q_kernel(
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                b_s = b_s * scale_log2
-                # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
                 if mask_id >= 0:
-                    allowed = tile_mask(
-                        p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
-                    )
+                    # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
+                    allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False)
                     b_s = tl.where(allowed, b_s, float("-inf"))
                 if KEYS_PADDED:
                     b_s = tl.where(m_n[None, :], b_s, float("-inf"))
                 if SIGMOID:
-                    b_p = sigmoid2(b_s)
+                    b_p = sigmoid2(b_s * scale_log2)
                 else:
-                    b_p = tl.math.exp2(b_s - b_shift[:, None])
+                    b_p = tl.math.exp2(tl.math.fma(b_s, scale_log2, -b_shift[:, None]))
                 if DROPOUT:
                     k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
                     keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
@@ -278,10 +279,14 @@ def backward_q_kernel(
                 if SIGMOID:
                     b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[:, None])
                 else:
-                    b_ds = b_p * (b_dp * b_w[:, None] - b_delta[:, None])
+                    b_ds = b_p * tl.math.fma(b_dp, b_w[:, None], -b_delta[:, None])
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    b_dq = b_dq * scale
-    store_rows(p_grad_q + (rows64 * stride_dqn)[:, None] + o_d[None, :], b_dq, m_m, o_d, HEAD_DIM, D)
+
+    # The addresses of the output again, rather than kept through the loop: there registers are short.
+    position = tl.load(p_tile + Q_TILE_POSITION)
+    m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
+    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
+    store_rows(p_grad_q + (rows64 * stride_dqn)[:, None] + o_d[None, :], b_dq * scale, m_m, o_d, HEAD_DIM, D)
 
 
 @triton.jit
@@ -319,7 +324,6 @@ def backward_kv_kernel(
     stride_dvn,
     blocks_per_head,
     kv_heads,
-    group,
     num_q,
     num_sets,
     scale,
@@ -328,6 +332,7 @@ def backward_kv_kernel(
     dropout_scale,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -340,7 +345,7 @@ def backward_kv_kernel(
 ):
     """``dv = sum_s (w p)^T do`` and ``dk = scale * sum_s ds^T q`` for one block of keys of one kv head.
 
-    The query heads of the group are added in the program, in order, so grouped heads need no atomics either.
+    The ``GROUP`` query heads of a kv head are added in the program, in order: grouped heads need no atomics either.
     Scores are computed transposed, ``[keys, rows]``, so that ``p`` and ``ds`` are left operands from registers.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
@@ -351,12 +356,12 @@ def backward_kv_kernel(
     batch = batch_kv_head // kv_heads
     kv_head = batch_kv_head % kv_heads
 
-    tile = tl.load(p_columns + tl.load(p_columns + COLUMNS_WORK) + work // N_BLOCKS)
-    position = tl.load(p_columns + tl.load(p_columns + COLUMNS_POSITION) + tile)
-    count = tl.load(p_columns + tl.load(p_columns + COLUMNS_COUNT) + tile)
-    begin = tl.load(p_columns + tl.load(p_columns + COLUMNS_BEGIN) + tile)
-    end = tl.load(p_columns + tl.load(p_columns + COLUMNS_END) + tile)
-    p_entry = p_columns + tl.load(p_columns + COLUMNS_ENTRY)
+    p_tile = p_columns + work // N_BLOCKS * KV_TILE_SIZE
+    p_entries = p_columns + blocks_per_head // N_BLOCKS * KV_TILE_SIZE
+    position = tl.load(p_tile + KV_TILE_POSITION)
+    count = tl.load(p_tile + KV_TILE_COUNT)
+    begin = tl.load(p_tile + KV_TILE_FIRST_ENTRY)
+    end = tl.load(p_tile + KV_TILE_LAST_ENTRY)
 
     o_d = tl.arange(0, D)
     n_start = (work % N_BLOCKS) * BLOCK_N
@@ -372,95 +377,99 @@ def backward_kv_kernel(
 
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, D], tl.float32)
-    for member in range(group):
-        head = kv_head * group + member
-        batch_head = batch_kv_head * group + member
+    # One loop over the query heads of the group and their entries, so that the pipeline never drains between heads.
+    steps = (end - begin) * M_BLOCKS
+    p_next = p_entries + begin * ENTRY_SIZE
+    next_position = tl.load(p_next + ENTRY_POSITION)
+    next_count = tl.load(p_next + ENTRY_COUNT)
+    next_mask = tl.load(p_next + ENTRY_MASK)
+    next_set = tl.load(p_next + ENTRY_SET)
+    for step in range(0, GROUP * steps):
+        head = kv_head * GROUP
+        next_step = step + 1
+        if GROUP > 1:
+            head += step // steps
+            next_step = next_step % steps
         p_q_head = p_q + batch * stride_qb + head * stride_qh
         p_do_head = p_grad_out + batch * stride_gb + head * stride_gh
-        p_next = p_entry + begin * ENTRY_SIZE
+        batch_head = batch * (kv_heads * GROUP) + head
+        o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        q_position = next_position
+        m_m = o_m < next_count
+        mask_id = next_mask
+        s = next_set.to(tl.int64)
+        p_next = p_entries + (begin + next_step // M_BLOCKS) * ENTRY_SIZE
         next_position = tl.load(p_next + ENTRY_POSITION)
         next_count = tl.load(p_next + ENTRY_COUNT)
         next_mask = tl.load(p_next + ENTRY_MASK)
         next_set = tl.load(p_next + ENTRY_SET)
-        for step in range(begin * M_BLOCKS, end * M_BLOCKS):
-            o_m = (step % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-            q_position = next_position
-            m_m = o_m < next_count
-            mask_id = next_mask
-            s = next_set.to(tl.int64)
-            p_next = p_entry + ((step + 1) // M_BLOCKS) * ENTRY_SIZE
-            next_position = tl.load(p_next + ENTRY_POSITION)
-            next_count = tl.load(p_next + ENTRY_COUNT)
-            next_mask = tl.load(p_next + ENTRY_MASK)
-            next_set = tl.load(p_next + ENTRY_SET)
 
-            p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-            p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-            b_q = load_rows(p_q_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
-            b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
-            if DROPOUT or not MANY_SETS:
-                q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
-            b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
+        p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+        p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+        b_q = load_rows(p_q_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
+        b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
+        if DROPOUT or not MANY_SETS:
+            q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
+        b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
 
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            b_s = b_s * scale_log2
-            if mask_id >= 0:
-                allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
-                b_s = tl.where(allowed, b_s, float("-inf"))
-            if SIGMOID:
-                b_p = sigmoid2(b_s)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if mask_id >= 0:
+            allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
+            b_s = tl.where(allowed, b_s, float("-inf"))
+        if SIGMOID:
+            b_p = sigmoid2(b_s * scale_log2)
+        else:
+            if MANY_SETS:
+                o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
             else:
-                if MANY_SETS:
-                    o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
-                else:
-                    o_lse = batch_head * num_q + q_tokens
-                b_shift = tl.load(p_shift + o_lse, mask=m_m, other=0.0)
-                b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
-                b_p = tl.math.exp2(b_s - b_shift[None, :])
+                o_lse = batch_head * num_q + q_tokens
+            b_shift = tl.load(p_shift + o_lse, mask=m_m, other=0.0)
+            b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+            b_p = tl.math.exp2(tl.math.fma(b_s, scale_log2, -b_shift[None, :]))
 
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            b_pw = b_p * b_w[None, :]
-            if DROPOUT:
-                dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
-                keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
-                b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
-                b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
-            b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            if SIGMOID:
-                b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
-            else:
-                b_ds = b_p * (b_dp * b_w[None, :] - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        b_pw = b_p * b_w[None, :]
+        if DROPOUT:
+            dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
+            keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
+            b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
+            b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
+        b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        if SIGMOID:
+            b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
+        else:
+            b_ds = b_p * tl.math.fma(b_dp, b_w[None, :], -b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
-    batch_out = batch * stride_dkb + kv_head * stride_dkh
-    p_dk_rows = p_grad_k + batch_out + (keys64 * stride_dkn)[:, None] + o_d[None, :]
-    store_rows(p_dk_rows, b_dk * scale, m_n, o_d, HEAD_DIM, D)
-    batch_out = batch * stride_dvb + kv_head * stride_dvh
-    p_dv_rows = p_grad_v + batch_out + (keys64 * stride_dvn)[:, None] + o_d[None, :]
-    store_rows(p_dv_rows, b_dv, m_n, o_d, HEAD_DIM, D)
+    position = tl.load(p_tile + KV_TILE_POSITION)
+    m_n = o_n < tl.load(p_tile + KV_TILE_COUNT)
+    keys64 = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS).to(tl.int64)
+    p_grad_k += batch * stride_dkb + kv_head * stride_dkh
+    p_grad_v += batch * stride_dvb + kv_head * stride_dvh
+    store_rows(p_grad_k + (keys64 * stride_dkn)[:, None] + o_d[None, :], b_dk * scale, m_n, o_d, HEAD_DIM, D)
+    store_rows(p_grad_v + (keys64 * stride_dvn)[:, None] + o_d[None, :], b_dv, m_n, o_d, HEAD_DIM, D)
 
 
 @triton.jit
-def compact_kernel(p_columns, p_alive, p_out, BLOCK: tl.constexpr):
+def compact_kernel(p_columns, p_alive, p_out, kv_tiles, BLOCK: tl.constexpr):
     """Leave out the entries of one kv tile whose softmax set has only zero weights; the order stays.
 
     ``p_out`` starts as a copy of ``p_columns``; the tile's entries move to the front of its own range, and the
     end of the range moves with them. A branch per entry in the dK/dV loop would cost its software pipelining.
     """
-    tile = tl.program_id(0)
-    begin = tl.load(p_columns + tl.load(p_columns + COLUMNS_BEGIN) + tile)
-    end_of = tl.load(p_columns + COLUMNS_END) + tile
-    end = tl.load(p_columns + end_of)
-    first = tl.load(p_columns + COLUMNS_ENTRY)
+    p_tile = tl.program_id(0) * KV_TILE_SIZE
+    begin = tl.load(p_columns + p_tile + KV_TILE_FIRST_ENTRY)
+    end = tl.load(p_columns + p_tile + KV_TILE_LAST_ENTRY)
+    p_entries = kv_tiles * KV_TILE_SIZE
     written = begin
     for start in range(begin, end, BLOCK):
         o_e = start + tl.arange(0, BLOCK)
         inside = o_e < end
-        s = tl.load(p_columns + first + o_e * ENTRY_SIZE + ENTRY_SET, mask=inside, other=0)
+        s = tl.load(p_columns + p_entries + o_e * ENTRY_SIZE + ENTRY_SET, mask=inside, other=0)
         keep = tl.load(p_alive + s, mask=inside, other=0)  # 1 or 0
         place = written + tl.cumsum(keep, 0) - 1
         for word in tl.static_range(ENTRY_SIZE):
-            value = tl.load(p_columns + first + o_e * ENTRY_SIZE + word, mask=inside, other=0)
-            tl.store(p_out + first + place * ENTRY_SIZE + word, value, mask=keep != 0)
+            value = tl.load(p_columns + p_entries + o_e * ENTRY_SIZE + word, mask=inside, other=0)
+            tl.store(p_out + p_entries + place * ENTRY_SIZE + word, value, mask=keep != 0)
         written += tl.sum(keep, 0)
-    tl.store(p_out + end_of, written)
+    tl.store(p_out + p_tile + KV_TILE_LAST_ENTRY, written)

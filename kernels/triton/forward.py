@@ -8,13 +8,14 @@ from canvas_engineering.kernels.triton.layout import (
     ENTRY_MASK,
     ENTRY_POSITION,
     ENTRY_SIZE,
-    ROWS_BEGIN,
-    ROWS_COUNT,
-    ROWS_END,
-    ROWS_ENTRY,
-    ROWS_POSITION,
-    ROWS_SET_PTR,
-    ROWS_WORK,
+    Q_TILE_COUNT,
+    Q_TILE_FIRST_ENTRY,
+    Q_TILE_FIRST_SET,
+    Q_TILE_LAST_SET,
+    Q_TILE_POSITION,
+    Q_TILE_SIZE,
+    SET_LAST_ENTRY,
+    SET_SIZE,
 )
 from canvas_engineering.kernels.triton.tiles import (
     block_tokens,
@@ -94,15 +95,15 @@ def forward_kernel(
     batch = batch_head // heads
     head = batch_head % heads
 
-    tile = tl.load(p_rows + tl.load(p_rows + ROWS_WORK) + work // M_BLOCKS)
-    position = tl.load(p_rows + tl.load(p_rows + ROWS_POSITION) + tile)
-    count = tl.load(p_rows + tl.load(p_rows + ROWS_COUNT) + tile)
-    set_ptr = p_rows + tl.load(p_rows + ROWS_SET_PTR)
-    set_begin = p_rows + tl.load(p_rows + ROWS_BEGIN)
-    set_end = p_rows + tl.load(p_rows + ROWS_END)
-    p_entry = p_rows + tl.load(p_rows + ROWS_ENTRY)
-    first_set = tl.load(set_ptr + tile)
-    last_set = tl.load(set_ptr + tile + 1)
+    q_tiles = blocks_per_head // M_BLOCKS
+    p_tile = p_rows + work // M_BLOCKS * Q_TILE_SIZE
+    p_sets = p_rows + q_tiles * Q_TILE_SIZE
+    p_entries = p_sets + num_sets * SET_SIZE
+    position = tl.load(p_tile + Q_TILE_POSITION)
+    count = tl.load(p_tile + Q_TILE_COUNT)
+    first_set = tl.load(p_tile + Q_TILE_FIRST_SET)
+    last_set = tl.load(p_tile + Q_TILE_LAST_SET)
+    end = tl.load(p_tile + Q_TILE_FIRST_ENTRY)
 
     o_d = tl.arange(0, D)
     o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -126,6 +127,8 @@ def forward_kernel(
             tl.store(p_lse + batch_head * num_q + rows64, empty, mask=m_m)
 
     for s in range(first_set, last_set):
+        begin = end
+        end = tl.load(p_sets + s * SET_SIZE + SET_LAST_ENTRY)
         o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
         if MANY_SETS:
             o_lse = o_set
@@ -141,10 +144,8 @@ def forward_kernel(
             b_acc = tl.zeros([BLOCK_M, D], tl.float32)
             b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             b_sum = tl.zeros([BLOCK_M], tl.float32)
-            begin = tl.load(set_begin + s)
-            end = tl.load(set_end + s)
             # Entries are read one step ahead, so that the loads of k and v can be pipelined.
-            p_next = p_entry + begin * ENTRY_SIZE
+            p_next = p_entries + begin * ENTRY_SIZE
             next_position = tl.load(p_next + ENTRY_POSITION)
             next_count = tl.load(p_next + ENTRY_COUNT)
             next_mask = tl.load(p_next + ENTRY_MASK)
@@ -154,7 +155,7 @@ def forward_kernel(
                 kv_position = next_position
                 m_n = o_n < next_count
                 mask_id = next_mask
-                p_next = p_entry + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
+                p_next = p_entries + ((step + 1) // N_BLOCKS) * ENTRY_SIZE
                 next_position = tl.load(p_next + ENTRY_POSITION)
                 next_count = tl.load(p_next + ENTRY_COUNT)
                 next_mask = tl.load(p_next + ENTRY_MASK)
@@ -164,22 +165,20 @@ def forward_kernel(
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
-                b_s = b_s * scale_log2
                 if mask_id >= 0:
-                    allowed = tile_mask(
-                        p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False
-                    )
+                    allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False)
                     b_s = tl.where(allowed, b_s, float("-inf"))
                 if KEYS_PADDED:
                     b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+
                 if SIGMOID:
-                    b_p = sigmoid2(b_s)
+                    b_p = sigmoid2(b_s * scale_log2)
                 else:
-                    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+                    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
                     # No allowed key so far: any finite shift makes exp2(-inf) = 0 instead of NaN.
-                    shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-                    b_p = tl.math.exp2(b_s - shift[:, None])
-                    rescale = tl.math.exp2(b_max - shift)
+                    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                    b_p = tl.math.exp2(tl.math.fma(b_s, scale_log2, -b_shift[:, None]))
+                    rescale = tl.math.exp2(b_max - b_shift)
                     b_sum = b_sum * rescale + tl.sum(b_p, 1)
                     b_acc = b_acc * rescale[:, None]
                     b_max = b_new
@@ -214,4 +213,9 @@ def forward_kernel(
                 tl.store(p_lse + o_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=m_lse)
             if not MANY_SETS:
                 b_out = tl.zeros([BLOCK_M, D], tl.float32)
+
+    # The addresses of the output again, rather than kept through the loop: there registers are short.
+    position = tl.load(p_tile + Q_TILE_POSITION)
+    m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
+    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
     store_rows(p_out + (rows64 * stride_on)[:, None] + o_d[None, :], b_out, m_m, o_d, HEAD_DIM, D)

@@ -182,6 +182,7 @@ def delta(
         tokens,
         *((0, 0, 0) if per_set else _strides(out)),
         *_strides(grad_out),
+        call.q_tiles,
         blocks,
         heads,
         num_q,
@@ -302,13 +303,13 @@ def backward_kv(
         *_strides(grad_v),
         blocks,
         kv_heads,
-        q.shape[1] // kv_heads,
         q.shape[2],
         row_weight.shape[0],
         call.scale,
         call.scale * LOG2E,
         call.threshold,
         call.dropout_scale,
+        GROUP=q.shape[1] // kv_heads,
         **shared_constants(head_dim, call, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -320,5 +321,5 @@ def alive_columns(columns: torch.Tensor, row_weight: torch.Tensor, kv_tiles: int
     alive = (row_weight != 0).any(dim=1).to(torch.int32)
     compacted = columns.clone()
     if kv_tiles and row_weight.shape[0]:
-        compact_kernel[(kv_tiles,)](columns, alive, compacted, BLOCK=128, num_warps=4)
+        compact_kernel[(kv_tiles,)](columns, alive, compacted, kv_tiles, BLOCK=128, num_warps=4)
     return compacted

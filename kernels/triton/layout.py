@@ -1,34 +1,40 @@
-"""Where each list stands in the packed integer arrays that a plan is lowered to; see ``lower.py``.
+"""The two packed integer arrays that a plan is lowered to, as records of a few words; see ``lower.py``.
 
-A lowered plan is two int32 arrays, one for programs that own query rows (``rows``) and one for programs that own
-keys (``columns``). Each starts with a header of offsets, so that a kernel takes one pointer instead of ten.
+``rows``, for programs that own query rows: the tiles in the order of their work, then the softmax sets, then the
+entries. ``columns``, for programs that own keys: the tiles in the order of their work, then the entries. A kernel
+finds each part from the numbers of tiles and sets, and reads a record in one access; a program needs two dependent
+reads (tile, entry) before it can load its first keys.
+
+A *position* is where the tokens of a tile begin: the first token of a contiguous plan, else a place in the table
+of tokens. A *count* is the number of tokens of a tile, padding left out.
 """
 
 import triton.language as tl
 
-# Header of the ``rows`` array: queries own the loop, entries are kv tiles.
-ROWS_WORK = tl.constexpr(0)  # (q_tiles,) q tiles, most work first
-ROWS_POSITION = tl.constexpr(1)  # (q_tiles,) first token of the tile, or its place in the token table
-ROWS_COUNT = tl.constexpr(2)  # (q_tiles,) tokens of the tile, padding left out
-ROWS_SET_PTR = tl.constexpr(3)  # (q_tiles + 1,) softmax sets of the tile
-ROWS_SET_TILE = tl.constexpr(4)  # (sets,) q tile of the set
-ROWS_BEGIN = tl.constexpr(5)  # (sets,) first entry of the set
-ROWS_END = tl.constexpr(6)  # (sets,) last entry + 1
-ROWS_ENTRY = tl.constexpr(7)  # (entries, ENTRY_SIZE)
-ROWS_FIELDS = tl.constexpr(8)
+# A q tile in ``rows``.
+Q_TILE_SIZE = tl.constexpr(8)
+Q_TILE_POSITION = tl.constexpr(0)
+Q_TILE_COUNT = tl.constexpr(1)
+Q_TILE_FIRST_SET = tl.constexpr(2)  # its softmax sets, consecutive
+Q_TILE_LAST_SET = tl.constexpr(3)  # last set + 1
+Q_TILE_FIRST_ENTRY = tl.constexpr(4)  # of its first set; each set's entries follow those of the set before
 
-# Header of the ``columns`` array: keys own the loop, entries are (softmax set, q tile) pairs.
-COLUMNS_WORK = tl.constexpr(0)  # (kv_tiles,) kv tiles, most work first
-COLUMNS_POSITION = tl.constexpr(1)  # (kv_tiles,)
-COLUMNS_COUNT = tl.constexpr(2)  # (kv_tiles,)
-COLUMNS_BEGIN = tl.constexpr(3)  # (kv_tiles,) first entry of the tile. Begin and end are two lists rather than one
-COLUMNS_END = tl.constexpr(4)  # of pointers, so that entries can be left out without moving those of other tiles
-COLUMNS_ENTRY = tl.constexpr(5)  # (entries, ENTRY_SIZE)
-COLUMNS_FIELDS = tl.constexpr(6)
+# A softmax set in ``rows``.
+SET_SIZE = tl.constexpr(4)
+SET_LAST_ENTRY = tl.constexpr(0)  # last entry + 1
+SET_POSITION = tl.constexpr(1)  # of the set's q tile
+SET_COUNT = tl.constexpr(2)
 
-# One entry: a record of four words.
+# A kv tile in ``columns``.
+KV_TILE_SIZE = tl.constexpr(4)
+KV_TILE_POSITION = tl.constexpr(0)
+KV_TILE_COUNT = tl.constexpr(1)
+KV_TILE_FIRST_ENTRY = tl.constexpr(2)
+KV_TILE_LAST_ENTRY = tl.constexpr(3)  # last entry + 1
+
+# A visited tile, in both arrays; position and count are those of the other side's tile.
 ENTRY_SIZE = tl.constexpr(4)
-ENTRY_POSITION = tl.constexpr(0)  # place of the other side's tile, as in *_POSITION
-ENTRY_COUNT = tl.constexpr(1)  # tokens of that tile, padding left out
-ENTRY_MASK = tl.constexpr(2)  # stored mask, or -1: no mask and no padding on either side
+ENTRY_POSITION = tl.constexpr(0)
+ENTRY_COUNT = tl.constexpr(1)
+ENTRY_MASK = tl.constexpr(2)  # stored mask, or -1: no mask, and no padding on either side
 ENTRY_SET = tl.constexpr(3)  # softmax set

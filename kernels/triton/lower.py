@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import triton.language as tl
 from numpy.typing import NDArray
 
 from canvas_engineering.errors import PlanError
@@ -19,10 +20,10 @@ _MAX_BLOCK = 256  # keys of the largest block
 
 @dataclass(frozen=True)
 class LoweredPlan:
-    """What the forward and the dQ kernel read: the plan seen from the queries.
+    """What a call needs of its plan; the backward pass also needs :func:`lower_columns`.
 
     Attributes:
-        rows: int32, the packed lists of ``layout.ROWS_*``.
+        rows: int32, the plan seen from the queries, packed as in ``layout``.
         tokens: int32 token table: query tiles first, then kv tiles; one unused element for contiguous plans.
         masks: int32, the masks in words of 32 keys, see :func:`mask_words`.
         row_weight: ``(num_sets, block_q)`` float32, the plan's own weights.
@@ -42,14 +43,21 @@ class LoweredPlan:
     many_sets: bool
 
 
-def _pack(lists: dict[int, NDArray[np.integer]]) -> NDArray[np.int32]:
-    """One int32 array: a header of offsets, then the lists in the order of their field numbers."""
-    ordered = [lists[i].ravel() for i in range(len(lists))]
-    offsets = np.cumsum([len(lists), *(a.size for a in ordered)])
-    if offsets[-1] >= _INT32_MAX - layout.ENTRY_SIZE.value:
-        raise PlanError(f"the triton backend needs a plan of fewer than {_INT32_MAX} list elements, got {offsets[-1]}")
-    # The kernels load one entry past the last, ahead of the loop's end.
-    return np.concatenate([offsets[:-1], *ordered, np.zeros(layout.ENTRY_SIZE.value)]).astype(np.int32)
+def _records(size: tl.constexpr, fields: dict[tl.constexpr, NDArray[np.integer]]) -> NDArray[np.int64]:
+    """Records of ``size`` words, flat; fields that are not given are 0."""
+    (count,) = {array.size for array in fields.values()}
+    records = np.zeros((count, size.value), np.int64)
+    for field, array in fields.items():
+        records[:, field.value] = array
+    return records.ravel()
+
+
+def _packed(*parts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The parts of an array one after the other, and one unused entry: kernels read ahead of a loop's end."""
+    array = np.concatenate([*parts, np.zeros(layout.ENTRY_SIZE.value, np.int64)])
+    if array.size > _INT32_MAX:
+        raise PlanError(f"the triton backend needs a plan of at most {_INT32_MAX} list elements, got {array.size}")
+    return array.astype(np.int32)
 
 
 def _positions(plan: BlockSparsePlan) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
@@ -99,19 +107,27 @@ def mask_words(plan: BlockSparsePlan) -> NDArray[np.int32]:
 def pack_rows(plan: BlockSparsePlan) -> NDArray[np.int32]:
     """The ``rows`` array; see ``layout``."""
     q_position, kv_position = _positions(plan)
-    return _pack(
-        {
-            layout.ROWS_WORK.value: plan.q_work,
-            layout.ROWS_POSITION.value: q_position,
-            layout.ROWS_COUNT.value: plan.q_count,
-            layout.ROWS_SET_PTR.value: plan.set_ptr,
-            layout.ROWS_SET_TILE.value: plan.set_tile,
-            layout.ROWS_BEGIN.value: plan.entry_ptr[:-1],
-            layout.ROWS_END.value: plan.entry_ptr[1:],
-            layout.ROWS_ENTRY.value: _entries(
-                kv_position[plan.entry_kv], plan.kv_count[plan.entry_kv], _entry_masks(plan), plan.entry_set
-            ),
-        }
+    work = plan.q_work
+    return _packed(
+        _records(
+            layout.Q_TILE_SIZE,
+            {
+                layout.Q_TILE_POSITION: q_position[work],
+                layout.Q_TILE_COUNT: plan.q_count[work],
+                layout.Q_TILE_FIRST_SET: plan.set_ptr[:-1][work],
+                layout.Q_TILE_LAST_SET: plan.set_ptr[1:][work],
+                layout.Q_TILE_FIRST_ENTRY: plan.entry_ptr[plan.set_ptr[:-1][work]],
+            },
+        ),
+        _records(
+            layout.SET_SIZE,
+            {
+                layout.SET_LAST_ENTRY: plan.entry_ptr[1:],
+                layout.SET_POSITION: q_position[plan.set_tile],
+                layout.SET_COUNT: plan.q_count[plan.set_tile],
+            },
+        ),
+        _entries(kv_position[plan.entry_kv], plan.kv_count[plan.entry_kv], _entry_masks(plan), plan.entry_set),
     )
 
 
@@ -119,17 +135,20 @@ def pack_columns(plan: BlockSparsePlan) -> NDArray[np.int32]:
     """The ``columns`` array; see ``layout``."""
     q_position, kv_position = _positions(plan)
     seen = plan.transpose
-    return _pack(
-        {
-            layout.COLUMNS_WORK.value: plan.kv_work,
-            layout.COLUMNS_POSITION.value: kv_position,
-            layout.COLUMNS_COUNT.value: plan.kv_count,
-            layout.COLUMNS_BEGIN.value: seen.entry_ptr[:-1],
-            layout.COLUMNS_END.value: seen.entry_ptr[1:],
-            layout.COLUMNS_ENTRY.value: _entries(
-                q_position[seen.entry_q], plan.q_count[seen.entry_q], _entry_masks(plan)[seen.entry], seen.entry_set
-            ),
-        }
+    work = plan.kv_work
+    return _packed(
+        _records(
+            layout.KV_TILE_SIZE,
+            {
+                layout.KV_TILE_POSITION: kv_position[work],
+                layout.KV_TILE_COUNT: plan.kv_count[work],
+                layout.KV_TILE_FIRST_ENTRY: seen.entry_ptr[:-1][work],
+                layout.KV_TILE_LAST_ENTRY: seen.entry_ptr[1:][work],
+            },
+        ),
+        _entries(
+            q_position[seen.entry_q], plan.q_count[seen.entry_q], _entry_masks(plan)[seen.entry], seen.entry_set
+        ),
     )
 
 
@@ -138,15 +157,16 @@ def _entries(
     count: NDArray[np.integer],
     mask: NDArray[np.integer],
     softmax_set: NDArray[np.integer],
-) -> NDArray[np.integer]:
-    """``(entries, ENTRY_SIZE)``."""
-    columns = {
-        layout.ENTRY_POSITION.value: position,
-        layout.ENTRY_COUNT.value: count,
-        layout.ENTRY_MASK.value: mask,
-        layout.ENTRY_SET.value: softmax_set,
-    }
-    return np.stack([columns[i] for i in range(layout.ENTRY_SIZE.value)], axis=1)
+) -> NDArray[np.int64]:
+    return _records(
+        layout.ENTRY_SIZE,
+        {
+            layout.ENTRY_POSITION: position,
+            layout.ENTRY_COUNT: count,
+            layout.ENTRY_MASK: mask,
+            layout.ENTRY_SET: softmax_set,
+        },
+    )
 
 
 def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
@@ -182,7 +202,7 @@ def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
 
 
 def lower_columns(plan: BlockSparsePlan, device: torch.device) -> torch.Tensor:
-    """The packed lists of ``layout.COLUMNS_*`` on ``device``; only the backward pass needs them."""
+    """The plan seen from the keys, packed as in ``layout``, on ``device``; only the backward pass needs it."""
     return plan.lowered(("triton", "columns", str(device)), lambda plan: _to(pack_columns(plan), device))
 
 

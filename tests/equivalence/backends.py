@@ -172,4 +172,6 @@ def _run_jax(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str
 REFERENCE = Backend("reference", "numpy")
 PORTABLE_TORCH = Backend("portable", "torch")
 PORTABLE_JAX = Backend("portable", "jax")
-BACKENDS = (REFERENCE, PORTABLE_TORCH, PORTABLE_JAX)
+#: In TPU interpret mode off TPUs, where every grid step costs milliseconds: the fewest tiles that TPUs allow.
+PALLAS = Backend("pallas", "jax", dtypes=("bfloat16", "float32"), block_q=128, block_kv=128)
+BACKENDS = (REFERENCE, PORTABLE_TORCH, PORTABLE_JAX, PALLAS)
