@@ -14,7 +14,7 @@ from bench import machine
 from bench.build_cost import Built
 from bench.cases import Scale
 from bench.peers import old_release
-from bench.results import Measured, Results, commit, today
+from bench.results import FOLDER, Measured, Results, commit, today
 from bench.roofline import Ceilings, measure_ceilings
 from bench.summary import case_line
 
@@ -50,7 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("canvas-engineering benchmarks")
     group.addoption("--bench-scale", choices=("quick", "full"), default="quick", help="how much to measure")
     group.addoption("--bench-device", default="cpu", help="torch device of the tensors")
-    group.addoption("--bench-out", type=Path, help="file for the results; nothing is written without it")
+    group.addoption("--bench-out", type=Path, help="file for the results")
+    group.addoption("--bench-save", action="store_true", help="write the results to bench/results/")
     group.addoption("--bench-threads", type=int, help="threads that torch may use; all cores where omitted")
 
 
@@ -61,7 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--bench-device")
     results = Results(config.getoption("--bench-scale"), machine.describe(device))
     budget = 1.5 if results.scale == "quick" else 6.0
-    config.stash[_RECORDER] = Recorder(results, device, budget, config.getoption("--bench-out"), {})
+    out = config.getoption("--bench-out")
+    if out is None and config.getoption("--bench-save"):
+        out = FOLDER / f"{machine.slug(results.machine)}-{results.scale}.json"
+    config.stash[_RECORDER] = Recorder(results, device, budget, out, {})
 
 
 _RECORDER = pytest.StashKey[Recorder]()

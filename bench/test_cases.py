@@ -23,6 +23,7 @@ def test_case(case: Case, benchmark: BenchmarkFixture, recorder: Recorder) -> No
         return [] if benchmark.stats is None else list(benchmark.stats.stats.data)
 
     row, variants = measure(case, benchmark.pedantic, seconds, device=recorder.device, budget=recorder.budget)
-    if variants[0].seconds is not None:
+    if benchmark.stats is not None or variants[0].status == "wrong":
         recorder.add_case(row, variants)
         benchmark.extra_info["ratios"] = {one.name: one.ratio for one in variants if one.ratio is not None}
+    assert variants[0].status == "measured", f"{case.id}: {variants[0].reason}"

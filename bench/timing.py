@@ -80,12 +80,20 @@ class Clock:
         self.seconds: list[float] = []
 
     def pedantic(
-        self, target: Callable[..., Any], *, setup: Callable[[], Any], rounds: int, warmup_rounds: int
+        self,
+        target: Callable[..., Any],
+        *,
+        setup: Callable[[], Any],
+        teardown: Callable[..., Any] | None = None,
+        rounds: int = 1,
+        warmup_rounds: int = 0,
     ) -> None:
         for number in range(rounds + warmup_rounds):
-            args, keywords = setup()
+            args, keywords = setup() or ((), {})
             start = time.perf_counter()
             target(*args, **keywords)
             took = time.perf_counter() - start
+            if teardown is not None:
+                teardown(*args, **keywords)
             if number >= warmup_rounds:
                 self.seconds.append(took)

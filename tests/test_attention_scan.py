@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from canvas_engineering.attention import MambaAttention, RWKVAttention, selective_scan as selective_scan_module
-from canvas_engineering.attention.scan import linear_scan
+from canvas_engineering.attention.scan import linear_scan, scan_into
 from canvas_engineering.attention.selective_scan import selective_scan
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -81,12 +84,26 @@ def test_long_scans_neither_overflow_nor_lose_digits(factor: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=EPS32 * additions, atol=0)
 
 
+def test_a_scan_of_many_steps_takes_few_operations() -> None:
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func.overloadpacket is torch.ops.aten.addcmul
+            return func(*args, **(kwargs or {}))
+
+    a, b = randn(1, 10_000, 2).sigmoid(), randn(1, 10_000, 2)
+    with Count() as count:
+        scan_into(torch.empty_like(b), a, b, torch.zeros(1, 2).double())
+    assert 0 < count.calls <= 3 * 100
+
+
 def test_scans_are_registered_as_operators() -> None:
     arguments = (randn(1, 20, 2).requires_grad_(), randn(1, 20, 2, seed=1).requires_grad_(), randn(1, 2, seed=2))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.canvas_engineering.linear_scan.default, arguments, test_utils=checks)
-    arguments = tuple(t.requires_grad_() for t in scan_inputs(40))
-    torch.library.opcheck(torch.ops.canvas_engineering.selective_scan.default, arguments, test_utils=checks)
+    inputs = tuple(t.requires_grad_() for t in scan_inputs(40))
+    torch.library.opcheck(torch.ops.canvas_engineering.selective_scan.default, inputs, test_utils=checks)
 
 
 # Mamba

@@ -31,13 +31,14 @@ slots = RegionProgram(identity=IdentitySpec(slot_capacity=2))
 program = CanvasProgram(CanvasSchema(layout=layout), regions={"r0": slots})
 accumulator = front.ResidualAccumulator(["r0"])
 d = front.AttentionDispatcher(topology, layout, 8, 2, program=program, residual_accumulator=accumulator, dropout=0.1)
+quick = {"xla_backend_optimization_level": 0}
 params = d.init(jax.random.key(0))
 x = jax.random.normal(jax.random.key(1), (1, layout.num_positions, 8))
 
 def run(params, x):
     return d.apply(params, x, residual_state=d.init_residuals(), train=True, rng=jax.random.key(2))
 
-y, state = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, x)
+y, state = jax.jit(run, compiler_options=quick)(params, x)
 assert y.shape == x.shape and bool(jnp.isfinite(y).all())
 for i, fn in enumerate(names):
     rows = jnp.asarray(layout.region_indices(f"r{i}"))

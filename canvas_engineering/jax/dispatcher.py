@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from canvas_engineering._arrays import is_jax
 from canvas_engineering.attention.api import BACKENDS
-from canvas_engineering.attention.key_pattern import KeyRanges
 from canvas_engineering.errors import BackendError, CanvasError
 from canvas_engineering.jax.base import AttentionFunction
 from canvas_engineering.jax.params import Params, check_tree, flatten
-from canvas_engineering.jax.patterned import LocalAttention, MixtureAttention, RandomFixedAttention
 from canvas_engineering.jax.registry import create_attention
 from canvas_engineering.jax.residuals import ResidualAccumulator, ResidualState
 from canvas_engineering.jax.run import Layout, Runner
 from canvas_engineering.jax.slots import SlotBinding
+from canvas_engineering.jax.traits import function_traits
 from canvas_engineering.jax.weights import (
     ActiveWork,
     RowWeights,
@@ -32,19 +31,12 @@ from canvas_engineering.jax.weights import (
 from canvas_engineering.routing.edges import active_edges, resolve_edges
 from canvas_engineering.routing.explain import Explanation, explain
 from canvas_engineering.routing.names import gate_names, slot_names
-from canvas_engineering.routing.schedule import (
-    FunctionTraits,
-    Schedule,
-    build_schedule,
-    index_pattern,
-    key_pattern,
-)
+from canvas_engineering.routing.schedule import Schedule, build_schedule
 
 if TYPE_CHECKING:
     from canvas_engineering.canvas import CanvasLayout
     from canvas_engineering.connectivity import CanvasTopology
     from canvas_engineering.cortex import CortexRegistry
-    from canvas_engineering.groups import Pattern
     from canvas_engineering.plan import BlockSize
     from canvas_engineering.program import CanvasProgram
     from canvas_engineering.routing.edges import Edge
@@ -223,7 +215,7 @@ class AttentionDispatcher:
     def apply(
         self,
         params: Params,
-        x: Array,
+        x: ArrayLike,
         active_regions: Collection[str] | None = None,
         summaries: Mapping[str, Mapping[str, float]] | None = None,
         *,
@@ -236,7 +228,7 @@ class AttentionDispatcher:
 
         Args:
             params: As ``init`` or ``from_torch`` makes them.
-            x: ``(B, N, d_model)`` JAX array, N the canvas positions, of the parameters' dtype.
+            x: ``(B, N, d_model)`` JAX or NumPy array, N the canvas positions, of the parameters' dtype.
             active_regions: Regions that update; None for all. Others pass through. Static.
             summaries: Region to kind to value, for triggers, as ``self.summaries(state)`` gives it. Static;
                 without it, no trigger fires.
@@ -253,7 +245,7 @@ class AttentionDispatcher:
             CanvasError: An argument is not as above.
             BackendError: The backend asked for cannot run.
         """
-        x = self._check_input(params, x)
+        x = self._checked_input(params, x)
         if residual_state is not None and self.residual_accumulator is None:
             raise CanvasError("residual_state must be None for a dispatcher without residual_accumulator")
         if train and rng is None and any(function.dropout for function in self.functions.values()):
@@ -319,7 +311,7 @@ class AttentionDispatcher:
         active = active_edges(self.edges, self.layout, active_regions, summaries)
         return work_of_known(self.schedule, self._weights_of(active), active)
 
-    def _check_input(self, params: Params, x: Any) -> Array:
+    def _checked_input(self, params: Params, x: Any) -> Array:
         if isinstance(x, np.ndarray):
             x = jnp.asarray(x)
         if not is_jax(x):
@@ -403,19 +395,3 @@ def slot_binding(program: CanvasProgram | None, region: str, d_model: int, n_hea
         raise CanvasError(f"program.regions[{region!r}].identity must be an IdentitySpec, got None")
     lives = identity.mode == "tracklet" and identity.birth_death
     return SlotBinding(d_model, identity.slot_capacity, n_heads, birth_death=lives)
-
-
-def function_traits(function: AttentionFunction) -> FunctionTraits:
-    """How an attention function runs in a schedule."""
-    if isinstance(function, MixtureAttention):
-        return FunctionTraits(plan=True, chunks=function.expert_ranges)
-    if isinstance(function, (LocalAttention, RandomFixedAttention)):
-        return FunctionTraits(plan=True, pattern=partial(_group_pattern, function))
-    return FunctionTraits(plan=function.planned)
-
-
-def _group_pattern(function: LocalAttention | RandomFixedAttention, rows: int, cols: int, group: int) -> Pattern:
-    pattern = function.key_pattern(rows, cols, group)
-    if isinstance(pattern, KeyRanges):
-        return key_pattern(pattern.lo, pattern.hi, cols)
-    return index_pattern(pattern.index, cols)

@@ -14,7 +14,7 @@ from canvas_engineering.attention.api import block_sparse_attention
 from canvas_engineering.jax.base import AttentionFunction, ProjectedAttention, merge_heads
 from canvas_engineering.jax.params import Params
 from canvas_engineering.jax.patterned import MixtureAttention
-from canvas_engineering.jax.rows import Rows, has_duplicates, put, take
+from canvas_engineering.jax.rows import Rows, add, has_duplicates, put, take
 from canvas_engineering.jax.slots import SlotBinding
 from canvas_engineering.jax.weights import ActiveWork, Gates, gate_edges
 from canvas_engineering.routing.schedule import PlanCall, Schedule
@@ -107,8 +107,7 @@ class Runner:
             contribution = _flat_groups(attended.astype(self.x.dtype) * weight[..., None].astype(self.x.dtype))
             rows = self.layout.direct_rows[number]
             if rows is not None:
-                placed = put(rows, contribution)
-                out = placed if out is None else out + placed
+                out = add(out, rows, contribution)
             else:
                 out = jnp.zeros_like(self.x) if out is None else out
                 out = out.at[:, call.rows.ravel()].add(contribution, mode="promise_in_bounds")
@@ -167,7 +166,7 @@ class Runner:
                 if rows is None:
                     whole = part if whole is None else whole + part
                 else:
-                    parts = put(rows, part) if parts is None else parts + put(rows, part)
+                    parts = add(parts, rows, part)
         if whole is None:
             return parts
         if self.layout.order is not None:

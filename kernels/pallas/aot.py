@@ -115,7 +115,9 @@ def _compile_elsewhere(target: str, head_dim: int, dtype: str, plan: BlockSparse
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise BackendError(f"compiling for {target} must take at most {TIMEOUT_SECONDS} s; it took longer") from None
+            raise BackendError(
+                f"compiling for {target} must take at most {TIMEOUT_SECONDS} s; it took longer"
+            ) from None
     if process.returncode:
         tail = "\n".join(process.stderr.strip().splitlines()[-5:])
         raise BackendError(f"compiling for {target} must succeed, got exit status {process.returncode}:\n{tail}")

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.pallas.backward import SetRows, backward_cols, backward_rows
 from canvas_engineering.kernels.pallas.config import Activation, KernelConfig, PlanArrays
 from canvas_engineering.kernels.pallas.forward import forward
-from canvas_engineering.kernels.pallas.launch import Interpret, read_field, write_field
+from canvas_engineering.kernels.pallas.launch import Interpret, read_field, vary, varying_axes, write_field
 from canvas_engineering.kernels.pallas.lowering import FULL, MASKED, ListFormat, LoweredPlan, lower_plan
 from canvas_engineering.kernels.pallas.order import TokenOrder, from_tiles, to_tiles
 from canvas_engineering.kernels.pallas.tile_math import LOG2_E, fmix, times
@@ -69,22 +70,19 @@ def plan_attention(
         weighted=row_weight is not None or not lowered.unit_weight,
         interpret=interpret,
     )
-    q_hash = kv_hash = None
-    if dropout_p and seed is not None:
-        q_hash = _head_major(to_tiles(q_order, query_hash(seed, batch, heads_q, plan.num_q)), plan.block_q)
-        kv_hash = times(jnp.asarray(kv_order.tokens), 0xC2B2AE3D).reshape(-1, 1, plan.block_kv)
+    q_hash, kv_hash = dropout_hashes(plan, q_order, kv_order, q.shape, seed) if dropout_p else (None, None)
+    if q_hash is not None:
+        q_hash = q_hash.reshape(batch * heads_q, -1, 1, plan.block_q)
     arrays = plan_arrays(lowered, q_hash, kv_hash)
-    weight = pad_row_weight(lowered, row_weight)
-
-    out, lse = tiled_attention(
-        config,
-        row_weight is not None and not return_lse,
-        arrays,
-        _operand(to_tiles(q_order, _signed(q, scale))),
-        _operand(to_tiles(kv_order, k)),
-        _operand(to_tiles(kv_order, v)),
-        weight,
+    operands = (
+        kernel_operand(to_tiles(q_order, signed_query(q, scale))),
+        kernel_operand(to_tiles(kv_order, k)),
+        kernel_operand(to_tiles(kv_order, v)),
+        pad_row_weight(lowered, row_weight),
     )
+    # Under a caller's shard_map: what one operand is sharded over, all vary over.
+    arrays, operands = vary((arrays, operands), varying_axes((arrays, operands)))
+    out, lse = tiled_attention(config, row_weight is not None and not return_lse, arrays, *operands)
     out = from_tiles(q_order, out.reshape(batch, heads_q, -1, out.shape[-1]))[..., :head_dim]
     if not return_lse:
         return out
@@ -139,12 +137,23 @@ def pad_row_weight(lowered: LoweredPlan, row_weight: Array | None) -> Array:
     return jnp.pad(row_weight.astype(jnp.float32), ((0, extra), (0, 0)))[:, None]
 
 
-def query_hash(seed: Array, batch: int, heads: int, num_q: int) -> Array:
-    """``(B, Hq, Nq)`` int32: the part of the dropout hash that seed, head and query token determine."""
-    low, high = lax.bitcast_convert_type(seed, jnp.int32)
+def dropout_hashes(
+    plan: BlockSparsePlan, q_order: TokenOrder, kv_order: TokenOrder, q_shape: tuple[int, ...], seed: Array | None
+) -> tuple[Array, Array]:
+    """The parts of the dropout hash, int32: of seed, head and query, and of the key.
+
+    Query part ``(B, Hq, q_tiles * block_q)``, key part ``(kv_tiles, 1, block_kv)``, both in plan order. The
+    definition is in ``kernels/reference/dropout.py``.
+    """
+    if seed is None:
+        raise BackendError("dropout needs a seed, got None")
+    batch, heads, num_q = q_shape[:3]
+    low, high = lax.bitcast_convert_type(jnp.asarray(seed), jnp.int32)
     bh = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
     head = fmix(low ^ times(bh, 0x9E3779B1))
-    return fmix(head ^ times(jnp.arange(num_q, dtype=jnp.int32), 0x85EBCA77) ^ times(high, 0x27D4EB2F))
+    query = fmix(head ^ times(jnp.arange(num_q, dtype=jnp.int32), 0x85EBCA77) ^ times(high, 0x27D4EB2F))
+    key = times(jnp.asarray(kv_order.tokens), 0xC2B2AE3D)
+    return to_tiles(q_order, query), key.reshape(-1, 1, plan.block_kv)
 
 
 # -- the differentiable operation ---------------------------------------------------------------------------
@@ -261,22 +270,14 @@ def _skip_zero_weight(config: KernelConfig, arrays: PlanArrays, weight: Array) -
 # -- shapes -------------------------------------------------------------------------------------------------
 
 
-def _signed(q: Array, scale: float) -> Array:
+def signed_query(q: Array, scale: float) -> Array:
     """Kernels take a positive scale: a sign, and a zero, go into q, where they are exact."""
     return q if scale > 0 else q * jnp.asarray(math.copysign(1.0, scale) if scale else 0.0, q.dtype)
 
 
-def _operand(x: Array) -> Array:
+def kernel_operand(x: Array) -> Array:
     """``(B, H, N, D)`` to ``(B * H, N, padded D)``."""
     padding = padded_head_dim(x.shape[-1]) - x.shape[-1]
     if padding:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)))
     return x.reshape(-1, *x.shape[2:])
-
-
-def _head_major(x: Array, block: int) -> Array:
-    """``(B, H, tiles * block)`` to ``(B * H, tiles, 1, block)``."""
-    return x.reshape(x.shape[0] * x.shape[1], -1, 1, block)
-
-
-__all__ = ["kernel_config", "plan_arrays", "plan_attention", "tiled_attention"]

@@ -201,9 +201,7 @@ def backward_cols(
     return dk, dv
 
 
-def _cols_kernel(
-    config: KernelConfig, set_rows: tuple[str, ...], group: int, refs: Any, step: Step
-) -> None:
+def _cols_kernel(config: KernelConfig, set_rows: tuple[str, ...], group: int, refs: Any, step: Step) -> None:
     flags = step.flags
     first = flags & FIRST_OF_TILE != 0
     last = flags & LAST_OF_TILE != 0

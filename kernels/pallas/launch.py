@@ -134,7 +134,7 @@ def launch(
         sub_heads: Size of the innermost grid dimension.
     """
     chained = form.chunks > 1
-    varying = frozenset[Any]().union(*(jax.typeof(x).mat.varying for x in (*words, *(o.array for o in operands))))
+    varying = varying_axes([*words, *(o.array for o in operands)])
     grid = (heads, form.length) if sub_heads == 1 else (heads, form.length, sub_heads)
 
     def body(*refs: Any) -> None:
@@ -195,7 +195,7 @@ def launch(
 
     if not chained:
         return run([word[0] for word in words], [])
-    start = [_vary(jnp.zeros(r.shape, r.dtype), varying) for r in results]
+    start = vary([jnp.zeros(r.shape, r.dtype) for r in results], varying)
     carried, _ = lax.scan(lambda carry, chunk: (run(chunk, carry), None), start, list(words))
     return list(carried)
 
@@ -218,5 +218,16 @@ def _shape_dtype(result: Result, varying: frozenset[Any]) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=kind)
 
 
-def _vary(x: Array, varying: frozenset[Any]) -> Array:
-    return lax.pcast(x, tuple(varying), to="varying") if varying else x
+def varying_axes(tree: Any) -> frozenset[Any]:
+    """The mesh axes over which any of the arrays varies, inside ``shard_map``."""
+    return frozenset[Any]().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+    """The arrays, marked as varying over ``axes``; the gradient of one that did not is then a sum over them."""
+
+    def mark(leaf: Array) -> Array:
+        missing = axes - varying_axes(leaf)
+        return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)

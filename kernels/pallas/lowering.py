@@ -304,12 +304,15 @@ def _boundaries(
 
 
 def _with_padding_masks(plan: BlockSparsePlan) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Masks of the entries, where full tiles with padding keys get a mask that excludes them."""
-    count = plan.kv_count[plan.entry_kv]
+    """Masks of the entries, where full tiles with padding keys get a mask that excludes them.
+
+    What is added depends on the kv tiles alone, so that all shards of a plan have the same masks.
+    """
     entry_mask = plan.entry_mask.astype(np.int64)
+    counts = np.unique(plan.kv_count[plan.kv_count < plan.block_kv])
+    count = plan.kv_count[plan.entry_kv]
     padded = (entry_mask < 0) & (count < plan.block_kv)
-    counts, inverse = np.unique(count[padded], return_inverse=True)
-    entry_mask[padded] = plan.num_masks + inverse
+    entry_mask[padded] = plan.num_masks + np.searchsorted(counts, count[padded])
     columns = np.arange(plan.block_kv) < counts[:, None]
     shape = (counts.size, plan.block_q, plan.block_kv)
     return entry_mask, np.concatenate([plan.masks, pack_masks(np.broadcast_to(columns[:, None], shape))])

@@ -159,9 +159,11 @@ def _layers(batch: Batch) -> Iterator[Batch]:
 
 def _access(index: Int64, used: NDArray[np.bool_]) -> Access:
     """Find slices in ``(G, L)`` places, and mark them in ``used``."""
-    distinct = np.unique(index).size == index.size
-    assign = distinct and not used[index].any()
-    used[index] = True
+    here = np.zeros_like(used)
+    here[index] = True
+    distinct = np.count_nonzero(here) == index.size
+    assign = distinct and not (used & here).any()
+    used |= here
     return Access(index, _run(index) if distinct else None, assign)
 
 

@@ -18,8 +18,8 @@ from jax import Array, lax
 from canvas_engineering.kernels.portable.access import Access, Read, lower
 from canvas_engineering.plan import BlockSparsePlan
 
-#: Scores that exist at once, in elements.
-SCORES = 1 << 22
+#: Scores that exist at once, in elements: on a CPU what its caches hold, elsewhere what keeps a device busy.
+CPU_SCORES, DEVICE_SCORES = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _put(x: Array, values: Array, access: Access, replace: bool = False) -> Arra
         target = x.at[:, access.run[0] : access.run[0] + count * length]
     else:
         target = x.at[:, access.index.ravel()]
-    unique = access.assign or np.unique(access.index).size == access.index.size
+    unique = access.assign or np.bincount(access.index.ravel()).max() == 1
     if replace or access.assign:
         return target.set(flat, mode="promise_in_bounds", unique_indices=unique)
     return target.add(flat, mode="promise_in_bounds", unique_indices=unique)
@@ -145,10 +145,11 @@ def _attend(q: Array, k: Array, v: Array, one: Read, call: _Call) -> tuple[Array
     lanes = q.shape[0] * call.group
     masks, mask_index = one.batch.masks, one.batch.mask_index
     # As many rows of one problem, or as many whole problems, as the scores allow.
-    rows = max(1, min(num_rows, SCORES // (lanes * num_keys)))
+    limit = CPU_SCORES if jax.default_backend() == "cpu" else DEVICE_SCORES
+    rows = max(1, min(num_rows, limit // (lanes * num_keys)))
     blocks = -(-num_rows // rows)
     rows = -(-num_rows // blocks)
-    together = max(1, SCORES // (lanes * num_rows * num_keys)) if blocks == 1 else 1
+    together = max(1, limit // (lanes * num_rows * num_keys)) if blocks == 1 else 1
     head = np.arange(lanes, dtype=np.uint32).reshape(-1, call.group)
 
     def piece(problem: dict[str, Any]) -> tuple[Array, Array]:
@@ -224,8 +225,8 @@ def _problem(problem: dict[str, Any], allowed: Any, head: Any, call: _Call) -> t
 
 def _keep(problem: dict[str, Any], head: Any, call: _Call) -> Array:
     """``(C, R, group, K)`` bool: the portable dropout mask, defined in ``kernels/reference/dropout.py``."""
-    assert_seed: Any = call.seed
-    low, high = assert_seed[0], assert_seed[1]
+    words: Any = call.seed
+    low, high = words[0], words[1]
     of_head = _fmix(low ^ jnp.asarray(head) * np.uint32(0x9E3779B1))[:, None, :, None]
     of_row = problem["row_token"][:, None, None] * np.uint32(0x85EBCA77)
     row = _fmix(of_head ^ of_row ^ high * np.uint32(0x27D4EB2F))

@@ -9,8 +9,7 @@ in :mod:`torch_math`, on every device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,231 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canvas_engineering.kernels.portable import torch_math
-from canvas_engineering.kernels.portable.access import Access, Lowering, Read, lower
 from canvas_engineering.kernels.portable.torch_math import Dropout, Scoring
+from canvas_engineering.kernels.portable.torch_plan import (
+    DevicePlan,
+    DeviceRead,
+    Places,
+    on_device,
+    pieces,
+)
 from canvas_engineering.plan import BlockSparsePlan
-
-#: Bytes of gathered operands and masks that exist at once.
-GATHER_BYTES = 64 << 20
-#: Keys that torch's CPU operator handles at once (float32, AVX-512).
-VECTOR = 16
-
-
-# -- the plan on a device -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Places:
-    """An :class:`Access` on a device."""
-
-    index: Tensor  # (G, L) int64
-    run: tuple[int, int] | None
-    assign: bool
-
-    def part(self, problems: slice, rows: slice = slice(None)) -> _Places:
-        index = self.index[problems, rows]
-        if index.shape == self.index.shape:
-            return self
-        run = None
-        if self.run is not None and index.shape[1] == self.index.shape[1]:
-            run = (self.run[0] + (problems.start or 0) * self.run[1], self.run[1])
-        return _Places(index, run, self.assign)
-
-    def picked(self, problems: Tensor) -> _Places:
-        return _Places(self.index[problems], None, self.assign)
-
-    def widened(self, count: int) -> _Places:
-        """The same with ``count`` more places for each problem, which nobody looks at."""
-        extra = self.index[:, :1].expand(-1, count)
-        return _Places(torch.cat([self.index, extra], dim=1), None, False)
-
-    def take(self, x: Tensor, fold: int = 1) -> Tensor:
-        """``(B, H, N, fold * D)`` to ``(B * H, G, L * fold, D)``, without a copy where the layout allows."""
-        count, length = self.index.shape
-        if self.run is not None:
-            b, h, n, d = x.stride()
-            size = (*x.shape[:2], count, length, x.shape[3])
-            picked = x.as_strided(size, (b, h, self.run[1] * n, n, d), x.storage_offset() + self.run[0] * n)
-        else:
-            picked = x.index_select(2, self.index.flatten())
-        return picked.reshape(x.shape[0] * x.shape[1], count, length * fold, x.shape[3] // fold)
-
-    def put(self, x: Tensor, values: Tensor) -> None:
-        """Write or add ``(B * H, G, L * fold, D)`` at these places of ``x (B, H, N, fold * D)``."""
-        count, length = self.index.shape
-        if self.run is not None:
-            b, h, n, d = x.stride()
-            size = (*x.shape[:2], count, length, x.shape[3])
-            target = x.as_strided(size, (b, h, self.run[1] * n, n, d), x.storage_offset() + self.run[0] * n)
-            values = values.reshape(size)
-            target.copy_(values) if self.assign else target.add_(values)
-            return
-        values = values.reshape(*x.shape[:2], count * length, x.shape[3]).to(x.dtype)
-        if self.assign:
-            x.index_copy_(2, self.index.flatten(), values)
-        else:
-            x.index_add_(2, self.index.flatten(), values)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A :class:`Read` on a device."""
-
-    keys: _Places
-    slots: Tensor  # (G, R) int64
-    weight: Tensor | None  # (G, R) the plan's weights, None where all are 1
-    mask_index: Tensor | None  # (G,) int64
-    masks: Tensor | None  # (U, R, K) bool
-    row_token: Tensor  # (G, R) int32, for dropout
-    key_token: Tensor  # (G, K) int32
-    padded: _Places | None  # keys at a width that torch's CPU operator prefers
-
-    def part(self, problems: slice, rows: slice) -> _Read:
-        # Other rows of the same problems read the same keys.
-        whole = self.slots[problems, rows].shape[1] == self.slots.shape[1]
-        keys = self.keys.part(problems)
-        return _Read(
-            keys if whole else replace(keys, assign=False),
-            self.slots[problems, rows],
-            None if self.weight is None else self.weight[problems, rows],
-            None if self.mask_index is None else self.mask_index[problems],
-            None if self.masks is None else self.masks[:, rows],
-            self.row_token[problems, rows],
-            self.key_token[problems],
-            None if self.padded is None else self.padded.part(problems),
-        )
-
-    def picked(self, problems: Tensor) -> _Read:
-        return _Read(
-            self.keys.picked(problems),
-            self.slots[problems],
-            None if self.weight is None else self.weight[problems],
-            None if self.mask_index is None else self.mask_index[problems],
-            self.masks,
-            self.row_token[problems],
-            self.key_token[problems],
-            None if self.padded is None else self.padded.picked(problems),
-        )
-
-    def weights(self, row_weight: Tensor | None, group: int) -> Tensor | None:
-        """``(G, R * group, 1)`` weights, or None where all are 1."""
-        weight = self.weight if row_weight is None else row_weight.flatten()[self.slots]
-        if weight is None:
-            return None
-        return (weight.repeat_interleave(group, dim=1) if group > 1 else weight)[..., None]
-
-    def allowed(self, group: int) -> Tensor | None:
-        """``(G, R * group, K)`` bool: the mask of every problem, each row once per query head of its kv head."""
-        if self.masks is None or self.mask_index is None:
-            return None
-        if self.masks.shape[0] == 1:
-            mask = self.masks.expand(self.mask_index.shape[0], -1, -1)
-        else:
-            mask = self.masks[self.mask_index]
-        return mask.repeat_interleave(group, dim=1) if group > 1 else mask
-
-    def bias(self, dtype: torch.dtype, group: int) -> Tensor | None:
-        """``(1, G, R * group, K)``, or one row of it for all: 0 where allowed, ``-inf`` elsewhere."""
-        if self.padded is not None:
-            bias = torch.zeros((1, 1, 1, self.padded.index.shape[1]), dtype=dtype, device=self.slots.device)
-            bias[..., self.keys.index.shape[1] :] = -torch.inf
-            return bias
-        allowed = self.allowed(group)
-        if allowed is None:
-            return None
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[None]
-
-
-@dataclass(frozen=True)
-class _Problems:
-    """A :class:`Problems` on a device."""
-
-    rows: _Places
-    reads: tuple[_Read, ...]
-
-    def part(self, problems: slice, rows: slice) -> _Problems:
-        """A slice of the problems, and of the rows of each."""
-        return _Problems(self.rows.part(problems, rows), tuple(read.part(problems, rows) for read in self.reads))
-
-    def alive(self, row_weight: Tensor) -> _Problems | None:
-        """Those problems and reads that have a weight other than 0; None if there are none."""
-        weights = row_weight.flatten()
-        alive = [(weights[read.slots] != 0).any(dim=1) for read in self.reads]
-        problems = torch.stack(alive).any(dim=0)
-        reads = tuple(read for read, one in zip(self.reads, alive, strict=True) if bool(one.any()))
-        if not reads:
-            return None
-        if bool(problems.all()):
-            return _Problems(self.rows, reads)
-        chosen = problems.nonzero().flatten()
-        return _Problems(self.rows.picked(chosen), tuple(read.picked(chosen) for read in reads))
-
-
-@dataclass(frozen=True)
-class _DevicePlan:
-    problems: tuple[_Problems, ...]
-    q_order: Tensor | None
-    kv_order: Tensor | None
-    q_place: Tensor | None  # inverse of q_order
-    kv_place: Tensor | None
-    assigns_all_rows: bool
-
-
-def _to_device(plan: BlockSparsePlan, lowering: Lowering, device: torch.device) -> _DevicePlan:
-    def tensor(array: Any, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(array).to(device=device, dtype=dtype)
-
-    def places(access: Access) -> _Places:
-        return _Places(tensor(access.index, torch.int64), access.run, access.assign)
-
-    def order(array: Any) -> tuple[Tensor | None, Tensor | None]:
-        if array is None:
-            return None, None
-        forward = tensor(array, torch.int64)
-        return forward, torch.argsort(forward)
-
-    def read(one: Read) -> _Read:
-        batch = one.batch
-        keys = places(one.keys)
-        missing = -keys.index.shape[1] % VECTOR
-        # torch's CPU operator takes the last keys one by one where they do not fill a vector.
-        pad = device.type == "cpu" and batch.masks is None and 0 < missing <= VECTOR // 2
-        return _Read(
-            keys,
-            tensor(batch.slots, torch.int64),
-            None if one.weight is None else tensor(one.weight, torch.float32),
-            None if batch.mask_index is None else tensor(batch.mask_index, torch.int64),
-            None if batch.masks is None else tensor(batch.masks, torch.bool),
-            tensor(batch.rows, torch.int32),
-            tensor(batch.keys, torch.int32),
-            _padded(keys, missing, plan.num_kv) if pad else None,
-        )
-
-    problems = tuple(_Problems(places(one.rows), tuple(map(read, one.reads))) for one in lowering.problems)
-    q_order, q_place = order(lowering.q_order)
-    kv_order, kv_place = order(lowering.kv_order)
-    return _DevicePlan(problems, q_order, kv_order, q_place, kv_place, lowering.assigns_all_rows)
-
-
-def _padded(keys: _Places, missing: int, num_kv: int) -> _Places:
-    """Keys with ``missing`` more per problem: the neighbours in a slice where there are some, else repeated ones."""
-    padded = keys.widened(missing)
-    if keys.run is None:
-        return padded
-    start, step = keys.run
-    count, length = padded.index.shape
-    fits = start + (count - 1) * step + length <= num_kv and (step >= length or count == 1)
-    return replace(padded, run=(start, max(step, length))) if fits else padded
-
-
-# -- the call -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Call:
     """The arguments of a call that are not tensors."""
 
-    plan: _DevicePlan
+    plan: DevicePlan
     group: int  # query heads per kv head
     heads_kv: int
     scale: float
@@ -259,7 +49,7 @@ class _Call:
         half = dtype in (torch.float16, torch.bfloat16)
         return not self.sigmoid and self.dropout_p == 0 and not (self.return_lse and half)
 
-    def scoring(self, read: _Read, batch: int) -> Scoring:
+    def scoring(self, read: DeviceRead, batch: int) -> Scoring:
         dropout = None
         if self.dropout_p > 0:
             device = read.row_token.device
@@ -291,10 +81,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output in q's dtype, or output and log-sum-exp; differentiable once."""
     device = q.device
-    lowered = plan.lowered(("portable", "torch", str(device)), lambda p: _to_device(p, lower(p), device))
     heads_kv = k.shape[1]
     call = _Call(
-        plan=lowered,
+        plan=on_device(plan, device),
         group=q.shape[1] // heads_kv,
         heads_kv=heads_kv,
         scale=scale,
@@ -338,26 +127,6 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
-def _pieces(problems: _Problems, call: _Call, q: Tensor, k: Tensor) -> Iterator[_Problems]:
-    """Parts of a batch whose gathered operands and masks fit ``GATHER_BYTES``."""
-    count, rows = problems.rows.index.shape
-    heads, item = k.shape[0] * k.shape[1], q.element_size()
-    operands = 0 if problems.rows.run is not None else 2 * heads * rows * q.shape[3] * item
-    per_row = 0
-    for read in problems.reads:
-        keys = read.keys.index.shape[1]
-        operands = max(operands, 0 if read.keys.run is not None else 2 * heads * keys * k.shape[3] * item)
-        per_row = max(per_row, 0 if read.masks is None else call.group * keys * max(item, 4))
-    together = max(1, GATHER_BYTES // max(operands + rows * per_row, 1))
-    height = rows if rows * per_row <= GATHER_BYTES else max(1, GATHER_BYTES // per_row)
-    if together >= count and height >= rows:
-        yield problems
-        return
-    for g in range(0, count, together):
-        for r in range(0, rows, height):
-            yield problems.part(slice(g, min(g + together, count)), slice(r, min(r + height, rows)))
-
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -389,7 +158,7 @@ class _Attention(torch.autograd.Function):
         skippable = row_weight is not None and not ctx.needs_input_grad[3] and lse is None
         for batch in plan.problems if q.numel() else ():
             alive = batch.alive(row_weight) if skippable and row_weight is not None else batch
-            for one in () if alive is None else _pieces(alive, call, q, k):
+            for one in () if alive is None else pieces(alive, q, k, group):
                 q_one = one.rows.take(q_run, group)
                 total: Tensor | None = None
                 for read in one.reads:
@@ -405,9 +174,9 @@ class _Attention(torch.autograd.Function):
                     if training:
                         saved += [out_one, lse_one]
                 if total is not None:
-                    one.rows.put(out, total)
+                    out = one.rows.put(out, total)
                 if lse is not None:
-                    one.rows.put(lse, lse_one)
+                    lse = one.rows.put(lse, lse_one)
                 if training:
                     ctx.pieces.append(one)
         if plan.q_place is not None:
@@ -468,10 +237,10 @@ class _Attention(torch.autograd.Function):
                         dq_read, dk_one, dv_one = torch_math.backward(
                             grad_one, lse_rows, q_one, k_one, v_one, out_one, lse_one, scoring
                         )
-                    read.keys.put(dk, dk_one[:, :, : read.keys.index.shape[1]])
-                    read.keys.put(dv, dv_one[:, :, : read.keys.index.shape[1]])
+                    dk = read.keys.put(dk, dk_one[:, :, : read.keys.index.shape[1]])
+                    dv = read.keys.put(dv, dv_one[:, :, : read.keys.index.shape[1]])
                     dq_one = dq_read.to(dq.dtype) if dq_one is None else dq_one.add_(dq_read)
-                one.rows.put(dq, dq_one)
+                dq = one.rows.put(dq, dq_one)
             if plan.q_place is not None and plan.kv_place is not None:
                 dq = dq.index_select(2, plan.q_place)
                 dk, dv = dk.index_select(2, plan.kv_place), dv.index_select(2, plan.kv_place)
@@ -491,7 +260,7 @@ def _add_weighted(total: Tensor | None, out: Tensor, weight: Tensor | None, seve
     return total.add_(out) if weight is None else total.addcmul_(out.to(total.dtype), weight.to(total.dtype))
 
 
-def _ordered(q: Tensor, k: Tensor, v: Tensor, plan: _DevicePlan) -> tuple[Tensor, Tensor, Tensor]:
+def _ordered(q: Tensor, k: Tensor, v: Tensor, plan: DevicePlan) -> tuple[Tensor, Tensor, Tensor]:
     """The operands in the order in which the problems find them."""
     if plan.q_order is None or plan.kv_order is None:
         return q, k, v
@@ -510,13 +279,13 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, row_weight: Tensor | None, call: 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     for batch in plan.problems if q.numel() else ():
-        for one in _pieces(batch, call, q, k):
+        for one in pieces(batch, q, k, group):
             rows = one.rows.index if plan.q_order is None else plan.q_order[one.rows.index]
-            rows_at = _Places(rows, None, False)
+            rows_at = Places(rows, None, False)
             q_one = rows_at.take(q, group)
             for read in one.reads:
                 keys = read.keys.index if plan.kv_order is None else plan.kv_order[read.keys.index]
-                keys_at = _Places(keys, None, False)
+                keys_at = Places(keys, None, False)
                 allowed = read.allowed(group)
                 out_one = F.scaled_dot_product_attention(
                     q_one,

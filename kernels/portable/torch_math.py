@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Scores that exist at once, in elements: about what a core's cache holds next to the operands.
-SCORES = 1 << 20
+#: Scores that exist at once, in elements: on a CPU what its caches hold, elsewhere what keeps a device busy.
+CPU_SCORES, DEVICE_SCORES = 1 << 20, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,12 @@ def _scores(q: Tensor, k: Tensor, scoring: Scoring, problems: slice, rows: slice
 
 
 def _pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of problems and rows whose scores fit ``SCORES``."""
+    """Slices of problems and rows whose scores fit the limit."""
     heads, problems, num_rows, _ = q.shape
+    limit = CPU_SCORES if q.device.type == "cpu" else DEVICE_SCORES
     per_row = heads * k.shape[2]
-    rows = max(1, min(num_rows, SCORES // per_row))
-    together = max(1, SCORES // (per_row * num_rows)) if rows == num_rows else 1
+    rows = max(1, min(num_rows, limit // per_row))
+    together = max(1, limit // (per_row * num_rows)) if rows == num_rows else 1
     for g in range(0, problems, together):
         for r in range(0, num_rows, rows):
             yield slice(g, min(g + together, problems)), slice(r, min(r + rows, num_rows))

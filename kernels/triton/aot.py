@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from triton.compiler import ASTSource
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import config as table
 from canvas_engineering.kernels.triton.backward import backward_kv_kernel, backward_q_kernel, delta_kernel
-from canvas_engineering.kernels.triton.config import KernelConfig
+from canvas_engineering.kernels.triton.config import KernelConfig, kernel_config
+from canvas_engineering.kernels.triton.constants import Variant, delta_constants, kernel_constants
 from canvas_engineering.kernels.triton.forward import forward_kernel
 from canvas_engineering.plan import BlockSparsePlan
 
@@ -32,7 +31,9 @@ _INSTRUCTION_PATTERN = {
     "mfma": r"\bv_mfma_",
 }
 _POINTER = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-DTYPES = tuple(_POINTER)
+_INT32_POINTERS = ("p_rows", "p_columns", "p_tokens", "p_masks")
+_FLOAT32_POINTERS = ("p_lse", "p_shift", "p_delta", "p_weight", "p_grad_weight", "p_grad_lse")
+_FLOAT32_NUMBERS = ("scale", "scale_log2", "dropout_scale")
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class KernelReport:
     """What the compiler made of one kernel.
 
     Attributes:
-        name: Kernel and variant.
+        name: The kernel.
         registers: Per thread (AMD: vector registers, accumulation registers included).
         stack_bytes: Per thread; anything but 0 is spilled registers or a local array.
         shared_bytes: Per program.
         shared_limit: Of the target.
-        instruction: The target's tensor-core instruction.
-        wgmma: How many of them the code holds.
+        instruction: The target's tensor-core instruction: wgmma, mma, tcgen05 or mfma.
+        wgmma: How many of these the code holds; 0 in kernels that multiply no matrices, and for float32.
         block_q, block_kv: The plan's tile.
-        block_m, block_n: What one step computes of it.
+        block_m, block_n: The part of it that one step computes.
         num_warps, num_stages: As compiled.
     """
 
@@ -67,26 +68,94 @@ class KernelReport:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Which of the kernels' compile-time options to compile."""
+def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan | None = None) -> dict[str, Any]:
+    """Compile every kernel ahead of time; no GPU is needed.
 
-    head_dim: int
-    dtype: str
-    block_q: int
-    block_kv: int
-    contiguous: bool = True
-    many_sets: bool = True
-    sigmoid: bool = False
-    dropout: bool = False
-    precision: str = "ieee"
+    Args:
+        target: ``"sm_80"``, ``"sm_90"``, ``"sm_100"`` or ``"gfx942"``.
+        head_dim: From 8 to 256.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        plan: Compile for its tiles and softmax sets; without one for the largest shipped blocks and several sets.
+
+    Returns:
+        ``{"backend", "target", "head_dim", "dtype", "kernels": [...]}``, the kernels as in :class:`KernelReport`.
+
+    Raises:
+        BackendError: An argument is not one of those above, or the process interprets its kernels.
+    """
+    gpu_target(target)
+    if dtype not in _POINTER:
+        raise BackendError(f"dtype must be one of {', '.join(_POINTER)}, got {dtype!r}")
+    if not 8 <= head_dim <= 256:
+        raise BackendError(f"head_dim must be from 8 to 256, got {head_dim}")
+    variant = Variant(
+        head_dim=head_dim,
+        block_q=plan.block_q if plan is not None else 128,
+        block_kv=plan.block_kv if plan is not None else 128,
+        contiguous=plan.is_contiguous if plan is not None else True,
+        many_sets=plan.max_sets > 1 if plan is not None else True,
+    )
+    reports = [report(kernel, variant, dtype, target) for kernel in (*table.KERNELS, "delta")]
+    return {
+        "backend": "triton",
+        "target": target,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "kernels": [asdict(one) for one in reports],
+    }
+
+
+def report(
+    kernel: str, variant: Variant, dtype: str, target: str, config: KernelConfig | None = None
+) -> KernelReport:
+    """Compile one kernel (``"delta"`` or one of ``config.KERNELS``), in its shipped configuration by default."""
+    if kernel == "delta":
+        constants = delta_constants(variant)
+        config = KernelConfig(constants["BLOCK_M"], 0, 4, 1)
+        compiled = compile_kernel(delta_kernel, constants, dtype, target, config)
+    else:
+        if config is None:
+            config = kernel_config(
+                target,
+                kernel,
+                variant.head_dim,
+                dtype,
+                many_sets=variant.many_sets,
+                block_q=variant.block_q,
+                block_kv=variant.block_kv,
+                dropout=variant.dropout,
+            )
+        functions = {
+            "forward": forward_kernel,
+            "backward_q": backward_q_kernel,
+            "backward_kv": backward_kv_kernel,
+        }
+        compiled = compile_kernel(functions[kernel], kernel_constants(kernel, variant, config), dtype, target, config)
+    registers, stack = _resources(compiled)
+    instruction = TENSOR_INSTRUCTION[target]
+    code = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    return KernelReport(
+        name=kernel,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_MEMORY[target],
+        instruction=instruction,
+        wgmma=len(re.findall(_INSTRUCTION_PATTERN[instruction], code)),
+        block_q=variant.block_q,
+        block_kv=variant.block_kv,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def gpu_target(target: str) -> GPUTarget:
     """Triton's description of a target.
 
     Raises:
-        BackendError: The target is not one of those the package ships a table for.
+        BackendError: There is no table of configurations for it.
     """
     if target not in SHARED_MEMORY:
         raise BackendError(f"target must be one of {', '.join(SHARED_MEMORY)}, got {target!r}")
@@ -95,44 +164,57 @@ def gpu_target(target: str) -> GPUTarget:
     return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
 
 
-def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[Any, Any]]:
-    """Argument types and alignments as a launch with aligned tensors specialises them."""
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], dtype: str, target: str, config: KernelConfig
+) -> Any:
+    """The compiled kernel (with ``asm`` and ``metadata``), specialised as for a launch with aligned tensors.
+
+    Raises:
+        BackendError: The process interprets its kernels.
+    """
+    if not hasattr(kernel, "cache_key"):
+        raise BackendError("kernels cannot be compiled in a process that interprets them (TRITON_INTERPRET=1)")
     signature: dict[str, str] = {}
     aligned: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("scale", "scale_log2", "dropout_scale"):
-            signature[name] = "fp32"
-        elif name == "dropout_threshold":
-            signature[name] = "i64"
-        elif name.startswith("p_"):
-            signature[name] = _pointer_type(name, dtype)
+        signature[name] = "constexpr" if name in constants else _argument_type(name, dtype)
+        if name not in constants and name.startswith(("p_", "stride_")):
             aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if name.startswith("stride_"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    return signature, aligned
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=gpu_target(target), options=options)
 
 
-def _pointer_type(name: str, dtype: str) -> str:
-    if name in ("p_rows", "p_columns", "p_tokens", "p_masks"):
+def _argument_type(name: str, dtype: str) -> str:
+    if name in _INT32_POINTERS:
         return "*i32"
+    if name in _FLOAT32_POINTERS:
+        return "*fp32"
     if name == "p_seed":
         return "*i64"
-    if name in ("p_lse", "p_delta", "p_weight", "p_grad_weight", "p_grad_lse"):
-        return "*fp32"
-    return _POINTER[dtype]
+    if name.startswith("p_"):
+        return _POINTER[dtype]
+    if name in _FLOAT32_NUMBERS:
+        return "fp32"
+    return "i64" if name == "dropout_threshold" else "i32"
 
 
-def compile_kernel(
-    kernel: Any, constants: dict[str, Any], dtype: str, target: str, num_warps: int, num_stages: int
-) -> Any:
-    """The compiled kernel (``.asm``, ``.metadata``) for ``target``; needs no GPU."""
-    if not hasattr(kernel, "cache_key"):
-        raise BackendError("kernels cannot be compiled in a process that interprets them (TRITON_INTERPRET=1)")
-    signature, aligned = _signature(kernel, constants, dtype)
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=gpu_target(target), options=options)
+def _resources(compiled: Any) -> tuple[int, int]:
+    """Registers and stack bytes per thread."""
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        return _field(r"\.vgpr_count:\s+(\d+)", code), _field(r"\.private_segment_fixed_size:\s+(\d+)", code)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    return _field(r"REG:(\d+)", usage), _field(r"STACK:(\d+)", usage)
+
+
+def _field(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise BackendError(f"the compiler's report has no {pattern!r}:\n{text[:2000]}")
+    return int(found[1])

@@ -41,11 +41,13 @@ from canvas_engineering.kernels.triton.layout import (
     SET_SIZE,
 )
 from canvas_engineering.kernels.triton.tiles import (
+    COUNTS,
     block_tokens,
     dropout_keep,
     dropout_rows,
+    gather_pointers,
     load_rows,
-    row_pointers,
+    slice_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
@@ -54,7 +56,7 @@ from canvas_engineering.kernels.triton.tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
     p_out,
     p_grad_out,
@@ -108,15 +110,15 @@ def delta_kernel(
     p_set = p_rows + q_tiles * Q_TILE_SIZE + s * SET_SIZE
     position = tl.load(p_set + SET_POSITION)
     m_m = o_m < tl.load(p_set + SET_COUNT)
-    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
+    q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
     o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
 
     p_grad_out += batch * stride_gb + head * stride_gh
-    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
+    b_do = load_rows(gather_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if PER_SET:
         p_out_rows = p_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :]
     else:
-        p_out_rows = p_out + batch * stride_ob + head * stride_oh + (rows64 * stride_on)[:, None] + o_d[None, :]
+        p_out_rows = gather_pointers(p_out + batch * stride_ob + head * stride_oh, stride_on, q_tokens, o_d)
     b_o = load_rows(p_out_rows, m_m, o_d, HEAD_DIM, D)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
 
@@ -126,7 +128,7 @@ def delta_kernel(
         if MANY_SETS:
             o_lse = o_set
         else:
-            o_lse = batch_head * num_q + rows64
+            o_lse = batch_head * num_q + q_tokens
         if PER_SET:
             b_delta = b_delta * tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
         if GRAD_LSE:
@@ -137,7 +139,7 @@ def delta_kernel(
         tl.store(p_shift + o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_q_kernel(
     p_q,
     p_k,
@@ -212,15 +214,14 @@ def backward_q_kernel(
     o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < count
     q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
-    rows64 = q_tokens.to(tl.int64)
 
     p_q += batch * stride_qb + head * stride_qh
     p_k += batch * stride_kb + (head // group) * stride_kh
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_grad_out += batch * stride_gb + head * stride_gh
     p_grad_q += batch * stride_dqb + head * stride_dqh
-    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
-    b_do = load_rows(p_grad_out + (rows64 * stride_gn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
+    b_q = load_rows(gather_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
+    b_do = load_rows(gather_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -231,7 +232,7 @@ def backward_q_kernel(
         if MANY_SETS:
             o_lse = (batch_head * num_sets + s) * BLOCK_Q + o_m
         else:
-            o_lse = batch_head * num_q + rows64
+            o_lse = batch_head * num_q + q_tokens
         b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
         alive = True
         if not GRAD_LSE:
@@ -245,6 +246,9 @@ def backward_q_kernel(
             next_position = tl.load(p_next + ENTRY_POSITION)
             next_count = tl.load(p_next + ENTRY_COUNT)
             next_mask = tl.load(p_next + ENTRY_MASK)
+            if not CONTIGUOUS:
+                o_next = tl.arange(0, BLOCK_N)
+                next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
             for step in range(begin * N_BLOCKS, end * N_BLOCKS):
                 n_start = (step % N_BLOCKS) * BLOCK_N
                 o_n = n_start + tl.arange(0, BLOCK_N)
@@ -256,8 +260,16 @@ def backward_q_kernel(
                 next_count = tl.load(p_next + ENTRY_COUNT)
                 next_mask = tl.load(p_next + ENTRY_MASK)
 
-                p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                if CONTIGUOUS:
+                    k_tokens = kv_position + o_n
+                    p_k_rows = slice_pointers(p_k, stride_kn, kv_position, o_n, o_d)
+                    p_v_rows = slice_pointers(p_v, stride_vn, kv_position, o_n, o_d)
+                else:
+                    k_tokens = next_tokens
+                    o_next = ((step + 1) % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+                    next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
+                    p_k_rows = gather_pointers(p_k, stride_kn, k_tokens, o_d)
+                    p_v_rows = gather_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -273,7 +285,6 @@ def backward_q_kernel(
                 else:
                     b_p = tl.math.exp2(tl.math.fma(b_s, scale_log2, -b_shift[:, None]))
                 if DROPOUT:
-                    k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
                     keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
                     b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
                 if SIGMOID:
@@ -285,11 +296,11 @@ def backward_q_kernel(
     # The addresses of the output again, rather than kept through the loop: there registers are short.
     position = tl.load(p_tile + Q_TILE_POSITION)
     m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
-    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
-    store_rows(p_grad_q + (rows64 * stride_dqn)[:, None] + o_d[None, :], b_dq * scale, m_m, o_d, HEAD_DIM, D)
+    q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
+    store_rows(gather_pointers(p_grad_q, stride_dqn, q_tokens, o_d), b_dq * scale, m_m, o_d, HEAD_DIM, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kv_kernel(
     p_q,
     p_k,
@@ -368,12 +379,11 @@ def backward_kv_kernel(
     o_n = n_start + tl.arange(0, BLOCK_N)
     m_n = o_n < count
     k_tokens = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS)
-    keys64 = k_tokens.to(tl.int64)
 
     p_k += batch * stride_kb + kv_head * stride_kh
     p_v += batch * stride_vb + kv_head * stride_vh
-    b_k = load_rows(p_k + (keys64 * stride_kn)[:, None] + o_d[None, :], m_n, o_d, HEAD_DIM, D)
-    b_v = load_rows(p_v + (keys64 * stride_vn)[:, None] + o_d[None, :], m_n, o_d, HEAD_DIM, D)
+    b_k = load_rows(gather_pointers(p_k, stride_kn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
+    b_v = load_rows(gather_pointers(p_v, stride_vn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
 
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, D], tl.float32)
@@ -384,6 +394,9 @@ def backward_kv_kernel(
     next_count = tl.load(p_next + ENTRY_COUNT)
     next_mask = tl.load(p_next + ENTRY_MASK)
     next_set = tl.load(p_next + ENTRY_SET)
+    if not CONTIGUOUS:
+        o_next = tl.arange(0, BLOCK_M)
+        next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
     for step in range(0, GROUP * steps):
         head = kv_head * GROUP
         next_step = step + 1
@@ -404,12 +417,18 @@ def backward_kv_kernel(
         next_mask = tl.load(p_next + ENTRY_MASK)
         next_set = tl.load(p_next + ENTRY_SET)
 
-        p_q_rows = row_pointers(p_q_head, stride_qn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
-        p_do_rows = row_pointers(p_do_head, stride_gn, p_tokens, q_position, o_m, o_d, m_m, CONTIGUOUS)
+        if CONTIGUOUS:
+            q_tokens = q_position + o_m
+            p_q_rows = slice_pointers(p_q_head, stride_qn, q_position, o_m, o_d)
+            p_do_rows = slice_pointers(p_do_head, stride_gn, q_position, o_m, o_d)
+        else:
+            q_tokens = next_tokens
+            o_next = ((step + 1) % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+            next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
+            p_q_rows = gather_pointers(p_q_head, stride_qn, q_tokens, o_d)
+            p_do_rows = gather_pointers(p_do_head, stride_gn, q_tokens, o_d)
         b_q = load_rows(p_q_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
         b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
-        if DROPOUT or not MANY_SETS:
-            q_tokens = block_tokens(p_tokens, q_position, o_m, m_m, CONTIGUOUS)
         b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
 
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -443,14 +462,14 @@ def backward_kv_kernel(
 
     position = tl.load(p_tile + KV_TILE_POSITION)
     m_n = o_n < tl.load(p_tile + KV_TILE_COUNT)
-    keys64 = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS).to(tl.int64)
+    k_tokens = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS)
     p_grad_k += batch * stride_dkb + kv_head * stride_dkh
     p_grad_v += batch * stride_dvb + kv_head * stride_dvh
-    store_rows(p_grad_k + (keys64 * stride_dkn)[:, None] + o_d[None, :], b_dk * scale, m_n, o_d, HEAD_DIM, D)
-    store_rows(p_grad_v + (keys64 * stride_dvn)[:, None] + o_d[None, :], b_dv, m_n, o_d, HEAD_DIM, D)
+    store_rows(gather_pointers(p_grad_k, stride_dkn, k_tokens, o_d), b_dk * scale, m_n, o_d, HEAD_DIM, D)
+    store_rows(gather_pointers(p_grad_v, stride_dvn, k_tokens, o_d), b_dv, m_n, o_d, HEAD_DIM, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def compact_kernel(p_columns, p_alive, p_out, kv_tiles, BLOCK: tl.constexpr):
     """Leave out the entries of one kv tile whose softmax set has only zero weights; the order stays.
 

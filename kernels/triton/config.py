@@ -1,14 +1,17 @@
 """Block sizes, warps and stages of the kernels: a table shipped as data, a user's own measurements on top.
 
-Plain Python: neither torch nor triton is needed to read the table. A table is a JSON file::
+Plain Python: neither torch nor triton is needed to read a table. A table is a JSON file::
 
-    {"format": 1, "architecture": "sm_90", "source": "...", "kernels": [
-        {"kernel": "forward", "head_dim": 128, "dtype": "float16", "sets": "many",
-         "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}, ...]}
+    {"format": 1, "architecture": "sm_90", "source": "...",
+     "kernels": [{"kernel": "forward", "head_dim": 128, "dtype": "float16", "sets": "many",
+                  "block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}, ...],
+     "tiles": [{"head_dim": 128, "dtype": "float16", "block_q": 128, "block_kv": 64, "speed": 1.0}, ...]}
 
-``dtype`` is ``float16`` (also used for bfloat16, which compiles to the same code) or ``float32``; ``head_dim`` the
-padded one (a power of two from 16 to 256); ``sets`` whether a query row may stand in several softmax sets, which
-takes a second accumulator.
+``dtype`` is ``float16``, which stands for bfloat16 too (the code is the same), or ``float32``. ``head_dim`` is the
+padded one, a power of two; 16 and 32 are served by the entries of 64. ``sets`` says whether a query row may stand in
+several softmax sets, which takes a second accumulator. There is one entry for each size of the block that a program
+owns: rows (``block_m``) for ``forward`` and ``backward_q``, keys (``block_n``) for ``backward_kv``. ``tiles`` is
+optional: the relative speed of a pair in plans of a tile size, as measured by ``canvas-engineering tune``.
 """
 
 from __future__ import annotations
@@ -17,62 +20,231 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from canvas_engineering.errors import BackendError
 
 FORMAT = 1
 KERNELS = ("forward", "backward_q", "backward_kv")
-HEAD_DIMS = (16, 32, 64, 128, 256)
-SHIPPED = Path(__file__).parent / "configs"
-#: Architectures with a table of their own, and the one that stands in for others of the same kind.
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("float16", "float32")
+SETS = ("one", "many")
+#: Sizes of the block that a program owns.
+OWN_BLOCKS = (128, 64, 32, 16)
+#: Architectures with a table of their own.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHIPPED = Path(__file__).parent / "configs"
 
-Key = tuple[str, int, str, str]  # kernel, head_dim, dtype, sets
+# The model behind `recommended_tiles` where nothing was measured: the work of one step of a kernel that its fixed
+# costs (index loads, barriers, rescaling) are worth, in pairs, and how fast tensor cores are on blocks of fewer
+# rows than their widest instruction takes.
+STEP_OVERHEAD_PAIRS = 1024
+FULL_RATE_ROWS = 64
+NARROW_RATE = 0.6
+
+
+class Key(NamedTuple):
+    """What an entry of a table is for."""
+
+    kernel: str
+    head_dim: int
+    dtype: str
+    sets: str
+    own_block: int
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How one kernel is compiled.
-
-    Attributes:
-        block_m, block_n: Rows and keys of one step.
-        num_warps: Per program.
-        num_stages: Depth of the software pipeline.
-    """
+    """How one kernel is compiled: rows and keys of one step, warps, depth of the software pipeline."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
 
+    def own_block(self, kernel: str) -> int:
+        """The block that one program owns; the other one is what it loops over."""
+        return self.block_n if kernel == "backward_kv" else self.block_m
+
+
+class Tile(NamedTuple):
+    """A tile size of plans, for one head_dim and dtype."""
+
+    head_dim: int
+    dtype: str
+    block_q: int
+    block_kv: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """The contents of a table file."""
+
+    architecture: str
+    source: str
+    kernels: dict[Key, KernelConfig]
+    tiles: dict[Tile, float] = field(default_factory=dict)
+
+
+# -- choosing -----------------------------------------------------------------------------------------------
+
+
+def kernel_config(
+    architecture: str,
+    kernel: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    many_sets: bool,
+    block_q: int,
+    block_kv: int,
+    dropout: bool = False,
+    device_name: str | None = None,
+) -> KernelConfig:
+    """The configuration of a kernel for plans of one tile size: blocks divide the tile, or pad it.
+
+    Args:
+        architecture: ``"sm_90"``, ``"gfx942"``, ...; one without a table gets that of its nearest relative.
+        kernel: One of ``KERNELS``.
+        head_dim: Up to 256.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        many_sets: Whether a row may stand in several softmax sets.
+        block_q, block_kv: The plan's tile.
+        dropout: Whether there is dropout. It takes registers, as do head_dims that are no power of two: blocks in
+            the other direction are then half as large.
+        device_name: Take what ``canvas-engineering tune`` measured on this kind of device, where it did.
+    """
+    tile_own, tile_other = (block_kv, block_q) if kernel == "backward_kv" else (block_q, block_kv)
+    if architecture == "interpreter":
+        own = fit_block(OWN_BLOCKS, tile_own)
+        found = KernelConfig(own, own, 4, 1)  # warps and stages mean nothing there
+    else:
+        configs = _own_blocks(shipped_table(architecture), kernel, head_dim, dtype, many_sets)
+        if device_name is not None and (tuned := tuned_table(device_name)) is not None:
+            configs |= _own_blocks(tuned, kernel, head_dim, dtype, many_sets)
+        own = fit_block(tuple(configs), tile_own)
+        found = configs[own]
+    largest = found.block_m if kernel == "backward_kv" else found.block_n
+    if dropout or head_dim & (head_dim - 1):
+        largest //= 2
+    other = fit_block(tuple(block for block in OWN_BLOCKS if block <= max(largest, 32)), tile_other)
+    block_m, block_n = (other, own) if kernel == "backward_kv" else (own, other)
+    return replace(found, block_m=block_m, block_n=block_n)
+
+
+def _own_blocks(table: Table, kernel: str, head_dim: int, dtype: str, many_sets: bool) -> dict[int, KernelConfig]:
+    """The configurations of a kernel by the size of the block that a program owns."""
+    wanted = (kernel, table_head_dim(head_dim), table_dtype(dtype), "many" if many_sets else "one")
+    return {key.own_block: config for key, config in table.kernels.items() if key[:4] == wanted}
+
+
+def fit_block(blocks: tuple[int, ...], tile: int) -> int:
+    """The block that covers a tile with the least padding; the largest of equal ones.
+
+    Blocks of 16 are for tiles that fit into one, because masks are read in words of 32 keys.
+    """
+    fitting = [block for block in blocks if (block == 16) == (tile <= 16)] or list(blocks)
+    return min(fitting, key=lambda block: (-(-tile // block) * block, -block))
+
+
+def recommended_tiles(
+    architecture: str, head_dim: int, dtype: str, device_name: str | None = None
+) -> dict[tuple[int, int], float]:
+    """Tile sizes for plans that will run on an architecture, with the relative speed of one pair in such a tile.
+
+    Measured where ``canvas-engineering tune`` ran on this kind of device, else a model: the fixed cost of a step
+    is shared by the pairs of its block, and blocks of few rows do not fill the widest tensor-core instructions.
+    """
+    tuned = tuned_table(device_name) if device_name is not None else None
+    measured = {
+        (tile.block_q, tile.block_kv): speed
+        for table in (tuned, shipped_table(architecture))
+        if table is not None
+        for tile, speed in table.tiles.items()
+        if tile[:2] == (table_head_dim(head_dim), table_dtype(dtype))
+    }
+    if measured:
+        return measured
+    speeds = {}
+    for block_q in OWN_BLOCKS:
+        for block_kv in OWN_BLOCKS:
+            config = kernel_config(
+                architecture, "forward", head_dim, dtype, many_sets=True, block_q=block_q, block_kv=block_kv
+            )
+            pairs = config.block_m * config.block_n
+            rate = 1.0 if config.block_m >= FULL_RATE_ROWS else NARROW_RATE
+            speeds[block_q, block_kv] = rate * pairs / (pairs + STEP_OVERHEAD_PAIRS)
+    best = max(speeds.values())
+    return {tile: speed / best for tile, speed in speeds.items()}
+
 
 def table_dtype(dtype: str) -> str:
-    """The dtype under which the table lists ``dtype``."""
+    """The dtype under which a table lists ``dtype``."""
     return "float16" if dtype == "bfloat16" else dtype
 
 
+def table_head_dim(head_dim: int) -> int:
+    """The listed head_dim that serves ``head_dim``."""
+    return next(listed for listed in HEAD_DIMS if listed >= head_dim)
+
+
 def nearest_architecture(architecture: str) -> str:
-    """The listed architecture whose table serves ``architecture``."""
+    """The architecture whose table serves ``architecture``."""
     if architecture in ARCHITECTURES:
         return architecture
     if architecture.startswith("gfx"):
         return "gfx942"
-    if architecture.startswith("sm_"):
-        capability = int(architecture.removeprefix("sm_").rstrip("af"))
-        # Consumer Blackwell (sm_12x) has the shared memory and the tensor cores of sm_8x, not those of sm_100.
-        if 90 <= capability < 100:
-            return "sm_90"
-        if 100 <= capability < 120:
-            return "sm_100"
-    return "sm_80"
+    capability = int("".join(filter(str.isdigit, architecture)) or 0)
+    if 90 <= capability < 100:
+        return "sm_90"
+    # Consumer Blackwell (sm_12x) has the shared memory and the tensor cores of sm_8x, not those of sm_100.
+    return "sm_100" if 100 <= capability < 120 else "sm_80"
 
 
-def read_table(path: Path) -> dict[Key, KernelConfig]:
-    """The entries of a table file.
+# -- files --------------------------------------------------------------------------------------------------
+
+
+@cache
+def shipped_table(architecture: str) -> Table:
+    """The table that the package ships for an architecture or its nearest relative."""
+    return read_table(SHIPPED / f"{nearest_architecture(architecture)}.json")
+
+
+@cache
+def tuned_table(device_name: str) -> Table | None:
+    """What ``canvas-engineering tune`` measured on this kind of device, if it ran."""
+    path = tuned_table_path(device_name)
+    return read_table(path) if path.exists() else None
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next call, after one was written."""
+    shipped_table.cache_clear()
+    tuned_table.cache_clear()
+
+
+def tuned_table_path(device_name: str) -> Path:
+    """Where ``canvas-engineering tune`` keeps the measurements of one kind of device."""
+    safe = "".join(c if c.isalnum() else "-" for c in device_name.lower()).strip("-")
+    return cache_folder() / "triton" / f"{safe}.json"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this package; ``CANVAS_ENGINEERING_CACHE`` overrides it."""
+    if override := os.environ.get("CANVAS_ENGINEERING_CACHE"):
+        return Path(override)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "canvas-engineering"
+
+
+def read_table(path: Path) -> Table:
+    """A table file, checked.
 
     Raises:
         BackendError: The file is no table of this format, with the place and the value.
@@ -81,57 +253,89 @@ def read_table(path: Path) -> dict[Key, KernelConfig]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BackendError(f"kernel table {path} cannot be read: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("kernels"), list):
-        raise BackendError(f"kernel table {path} must be a JSON object with format {FORMAT} and a list 'kernels'")
-    table: dict[Key, KernelConfig] = {}
-    for i, row in enumerate(data["kernels"]):
-        table[_key(path, i, row)] = _config(path, i, row)
-    return table
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BackendError(f"kernel table {path} must be a JSON object with format {FORMAT}")
+    kernels: dict[Key, KernelConfig] = {}
+    for where, row in _rows(path, data, "kernels"):
+        config = KernelConfig(
+            **{name: _number(where, row, name, 16, 256) for name in ("block_m", "block_n")},
+            num_warps=_number(where, row, "num_warps", 1, 16),
+            num_stages=_number(where, row, "num_stages", 1, 8, power_of_two=False),
+        )
+        kernel = _one_of(where, row, "kernel", KERNELS)
+        key = Key(
+            kernel,
+            _one_of(where, row, "head_dim", HEAD_DIMS),
+            _one_of(where, row, "dtype", DTYPES),
+            _one_of(where, row, "sets", SETS),
+            config.own_block(kernel),
+        )
+        kernels[key] = config
+    tiles: dict[Tile, float] = {}
+    for where, row in _rows(path, data, "tiles"):
+        speed = row.get("speed")
+        if not isinstance(speed, (int, float)) or not 0 < speed <= 1:
+            raise BackendError(f"{where}.speed must be a number in (0, 1], got {speed!r}")
+        tile = Tile(
+            _one_of(where, row, "head_dim", HEAD_DIMS),
+            _one_of(where, row, "dtype", DTYPES),
+            _number(where, row, "block_q", 8, 256, power_of_two=False),
+            _number(where, row, "block_kv", 8, 256, power_of_two=False),
+        )
+        tiles[tile] = float(speed)
+    return Table(str(data.get("architecture", "")), str(data.get("source", "")), kernels, tiles)
 
 
-def _key(path: Path, i: int, row: Any) -> Key:
-    allowed: dict[str, tuple[Any, ...]] = {
-        "kernel": KERNELS,
-        "head_dim": HEAD_DIMS,
-        "dtype": ("float16", "float32"),
-        "sets": ("one", "many"),
-    }
-    if not isinstance(row, dict):
-        raise BackendError(f"kernel table {path}: kernels[{i}] must be an object, got {row!r}")
-    for name, values in allowed.items():
-        if row.get(name) not in values:
-            raise BackendError(f"kernel table {path}: kernels[{i}].{name} must be one of {values}, got {row.get(name)!r}")
-    return row["kernel"], row["head_dim"], row["dtype"], row["sets"]
+def _rows(path: Path, data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its place in the file."""
+    rows = data.get(name, [])
+    if not isinstance(rows, list):
+        raise BackendError(f"kernel table {path}: {name} must be a list, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise BackendError(f"kernel table {path}: {name}[{i}] must be an object, got {row!r}")
+    return [(f"kernel table {path}: {name}[{i}]", row) for i, row in enumerate(rows)]
 
 
-def _config(path: Path, i: int, row: dict[str, Any]) -> KernelConfig:
-    limits = {"block_m": (16, 256), "block_n": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
-    for name, (low, high) in limits.items():
-        value = row.get(name)
-        power = name == "num_stages" or (isinstance(value, int) and value & (value - 1) == 0)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high or not power:
-            kind = "an integer" if name == "num_stages" else "a power of two"
-            raise BackendError(
-                f"kernel table {path}: kernels[{i}].{name} must be {kind} from {low} to {high}, got {value!r}"
-            )
-    return KernelConfig(**{name: row[name] for name in limits})
+def _one_of(where: str, row: dict[str, Any], name: str, allowed: tuple[Any, ...]) -> Any:
+    value = row.get(name)
+    if value not in allowed or isinstance(value, bool):
+        raise BackendError(f"{where}.{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return value
 
 
-def write_table(path: Path, architecture: str, source: str, table: dict[Key, KernelConfig]) -> None:
-    """Write a table file, whole or not at all (a temporary file, then a rename).
+def _number(where: str, row: dict[str, Any], name: str, low: int, high: int, *, power_of_two: bool = True) -> int:
+    value = row.get(name)
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or (power_of_two and value & (value - 1))
+    ):
+        kind = "a power of two" if power_of_two else "an integer"
+        raise BackendError(f"{where}.{name} must be {kind} from {low} to {high}, got {value!r}")
+    return value
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table file, whole or not at all: to a temporary file in the same folder, which is then renamed.
 
     Raises:
         OSError: The path cannot be written.
     """
-    rows = [
-        {"kernel": kernel, "head_dim": head_dim, "dtype": dtype, "sets": sets, **asdict(config)}
-        for (kernel, head_dim, dtype, sets), config in sorted(table.items())
+    head = {"format": FORMAT, "architecture": table.architecture, "source": table.source}
+    kernels = [
+        {"kernel": key.kernel, "head_dim": key.head_dim, "dtype": key.dtype, "sets": key.sets, **asdict(config)}
+        for key, config in sorted(table.kernels.items())
     ]
-    head = {"format": FORMAT, "architecture": architecture, "source": source}
-    body = ",\n".join("    " + json.dumps(row) for row in rows)
-    text = json.dumps(head, indent=2)[:-2] + ',\n  "kernels": [\n' + body + "\n  ]\n}\n"
+    tiles = [{**tile._asdict(), "speed": round(speed, 4)} for tile, speed in sorted(table.tiles.items())]
+
+    def listed(rows: list[dict[str, Any]]) -> str:
+        return "[" + ",".join("\n    " + json.dumps(row) for row in rows) + ("\n  ]" if rows else "]")
+
+    text = json.dumps(head, indent=2)[:-2] + f',\n  "kernels": {listed(kernels)},\n  "tiles": {listed(tiles)}\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -139,108 +343,3 @@ def write_table(path: Path, architecture: str, source: str, table: dict[Key, Ker
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of this package."""
-    if override := os.environ.get("CANVAS_ENGINEERING_CACHE"):
-        return Path(override)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "canvas-engineering"
-
-
-def tuned_table_path(device_name: str) -> Path:
-    """Where ``canvas-engineering tune`` keeps the measurements of one kind of device."""
-    safe = "".join(c if c.isalnum() else "-" for c in device_name).strip("-").lower()
-    return cache_folder() / "triton" / f"{safe}.json"
-
-
-@cache
-def shipped_table(architecture: str) -> dict[Key, KernelConfig]:
-    """The table that the package ships for an architecture."""
-    return read_table(SHIPPED / f"{nearest_architecture(architecture)}.json")
-
-
-@cache
-def _tuned_table(path: Path) -> dict[Key, KernelConfig]:
-    return read_table(path) if path.exists() else {}
-
-
-def forget_tables() -> None:
-    """Read the tables anew at the next call, after ``tune`` has written one."""
-    shipped_table.cache_clear()
-    _tuned_table.cache_clear()
-
-
-def kernel_config(
-    architecture: str, kernel: str, head_dim: int, dtype: str, many_sets: bool, device_name: str | None = None
-) -> KernelConfig:
-    """The configuration of a kernel: measured on this kind of device if it was tuned, else the shipped one.
-
-    Args:
-        architecture: ``"sm_90"``, ``"gfx942"``, ...
-        kernel: One of ``KERNELS``.
-        head_dim: Any head_dim up to 256; the next listed one serves it.
-        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
-        many_sets: Whether a row may stand in several softmax sets.
-        device_name: The device's name, to look for its own measurements.
-    """
-    if architecture == "interpreter":
-        # One block per tile; whatever the tile is. Warps and stages mean nothing.
-        return KernelConfig(64, 64, 4, 1)
-    listed = next(d for d in HEAD_DIMS if d >= head_dim)
-    key = (kernel, listed, table_dtype(dtype), "many" if many_sets else "one")
-    if device_name is not None:
-        tuned = _tuned_table(tuned_table_path(device_name))
-        if key in tuned:
-            return tuned[key]
-    return shipped_table(architecture)[key]
-
-
-def fit_config(config: KernelConfig, block_q: int, block_kv: int) -> KernelConfig:
-    """The configuration for a plan with tiles of ``block_q`` x ``block_kv``: blocks divide a tile, or pad it.
-
-    Warps shrink with the block, so that a warp keeps enough of it to fill a tensor-core instruction.
-    """
-    block_m = fit_block(config.block_m, block_q)
-    block_n = fit_block(config.block_n, block_kv)
-    share = config.block_m * config.block_n // (block_m * block_n)
-    warps = max(min(config.num_warps, 4), config.num_warps // max(share, 1))
-    return replace(config, block_m=block_m, block_n=block_n, num_warps=warps)
-
-
-def fit_block(block: int, tile: int) -> int:
-    """The block size, at most ``block``, that covers a tile with the least padding; the largest of equal ones.
-
-    At least 32, because masks are read in words of 32 keys, but 16 for tiles that fit into one such block.
-    """
-    if tile <= 16:
-        return 16
-    choices = [b for b in (256, 128, 64, 32) if b <= max(block, 32)]
-    return min(choices, key=lambda b: (-(-tile // b) * b, -b))
-
-
-def recommended_tiles(
-    architecture: str, head_dim: int, dtype: str
-) -> list[tuple[int, int, float]]:
-    """Tile sizes for plans that will run on an architecture: ``(block_q, block_kv, efficiency)``, best first.
-
-    ``efficiency`` is the share of the best tile's throughput that a tile reaches, for the compiler of plans to
-    weigh against the pairs that it saves.
-    """
-    config = kernel_config(architecture, "forward", head_dim, dtype, many_sets=True)
-    best = (config.block_m, config.block_n)
-    tiles = []
-    for block_q in (128, 64, 32, 16):
-        for block_kv in (128, 64, 32, 16):
-            tiles.append((block_q, block_kv, _efficiency(block_q, block_kv, best)))
-    return sorted(tiles, key=lambda tile: -tile[2])
-
-
-def _efficiency(block_q: int, block_kv: int, best: tuple[int, int]) -> float:
-    return 1.0

@@ -18,11 +18,13 @@ from canvas_engineering.kernels.triton.layout import (
     SET_SIZE,
 )
 from canvas_engineering.kernels.triton.tiles import (
+    COUNTS,
     block_tokens,
     dropout_keep,
     dropout_rows,
+    gather_pointers,
     load_rows,
-    row_pointers,
+    slice_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
@@ -31,7 +33,7 @@ from canvas_engineering.kernels.triton.tiles import (
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     p_q,
     p_k,
@@ -109,13 +111,12 @@ def forward_kernel(
     o_m = (work % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < count
     q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
-    rows64 = q_tokens.to(tl.int64)
 
     p_q += batch * stride_qb + head * stride_qh
     p_k += batch * stride_kb + (head // group) * stride_kh
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_out += batch * stride_ob + head * stride_oh
-    b_q = load_rows(p_q + (rows64 * stride_qn)[:, None] + o_d[None, :], m_m, o_d, HEAD_DIM, D)
+    b_q = load_rows(gather_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -124,7 +125,7 @@ def forward_kernel(
         # Rows that no set below reaches, or whose set is skipped.
         empty = tl.full([BLOCK_M], float("-inf"), tl.float32)
         if first_set == last_set:
-            tl.store(p_lse + batch_head * num_q + rows64, empty, mask=m_m)
+            tl.store(p_lse + batch_head * num_q + q_tokens, empty, mask=m_m)
 
     for s in range(first_set, last_set):
         begin = end
@@ -134,7 +135,7 @@ def forward_kernel(
             o_lse = o_set
             m_lse = o_m < BLOCK_Q
         else:
-            o_lse = batch_head * num_q + rows64
+            o_lse = batch_head * num_q + q_tokens
             m_lse = m_m
         b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
         alive = True
@@ -149,6 +150,9 @@ def forward_kernel(
             next_position = tl.load(p_next + ENTRY_POSITION)
             next_count = tl.load(p_next + ENTRY_COUNT)
             next_mask = tl.load(p_next + ENTRY_MASK)
+            if not CONTIGUOUS:
+                o_next = tl.arange(0, BLOCK_N)
+                next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
             for step in range(begin * N_BLOCKS, end * N_BLOCKS):
                 n_start = (step % N_BLOCKS) * BLOCK_N
                 o_n = n_start + tl.arange(0, BLOCK_N)
@@ -160,8 +164,16 @@ def forward_kernel(
                 next_count = tl.load(p_next + ENTRY_COUNT)
                 next_mask = tl.load(p_next + ENTRY_MASK)
 
-                p_k_rows = row_pointers(p_k, stride_kn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
-                p_v_rows = row_pointers(p_v, stride_vn, p_tokens, kv_position, o_n, o_d, m_n, CONTIGUOUS)
+                if CONTIGUOUS:
+                    k_tokens = kv_position + o_n
+                    p_k_rows = slice_pointers(p_k, stride_kn, kv_position, o_n, o_d)
+                    p_v_rows = slice_pointers(p_v, stride_vn, kv_position, o_n, o_d)
+                else:
+                    k_tokens = next_tokens
+                    o_next = ((step + 1) % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+                    next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
+                    p_k_rows = gather_pointers(p_k, stride_kn, k_tokens, o_d)
+                    p_v_rows = gather_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
@@ -183,7 +195,6 @@ def forward_kernel(
                     b_acc = b_acc * rescale[:, None]
                     b_max = b_new
                 if DROPOUT:
-                    k_tokens = block_tokens(p_tokens, kv_position, o_n, m_n, CONTIGUOUS)
                     keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
                     b_p = tl.where(keep, b_p, 0.0)
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
@@ -217,5 +228,5 @@ def forward_kernel(
     # The addresses of the output again, rather than kept through the loop: there registers are short.
     position = tl.load(p_tile + Q_TILE_POSITION)
     m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
-    rows64 = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS).to(tl.int64)
-    store_rows(p_out + (rows64 * stride_on)[:, None] + o_d[None, :], b_out, m_m, o_d, HEAD_DIM, D)
+    q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
+    store_rows(gather_pointers(p_out, stride_on, q_tokens, o_d), b_out, m_m, o_d, HEAD_DIM, D)

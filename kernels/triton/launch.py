@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -14,41 +15,59 @@ from canvas_engineering.kernels.triton.backward import (
     compact_kernel,
     delta_kernel,
 )
-from canvas_engineering.kernels.triton.config import KernelConfig, fit_config, kernel_config
+from canvas_engineering.kernels.triton.config import KernelConfig, forget_tables, kernel_config
+from canvas_engineering.kernels.triton.constants import Variant, delta_constants, kernel_constants
 from canvas_engineering.kernels.triton.forward import forward_kernel
 
 LOG2E = math.log2(math.e)
-MAX_UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Call:
-    """The numbers of one call that are the same in the forward and the backward pass."""
+class Plan:
+    """A lowered plan as the launches see it: its tensors and its sizes.
 
+    Attributes:
+        rows, columns, tokens, masks: See ``lower.py``; ``columns`` only matters to the backward pass.
+        row_weight: ``(num_sets, block_q)`` float32, the plan's own weights or others.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    tokens: torch.Tensor
+    masks: torch.Tensor
+    row_weight: torch.Tensor
     block_q: int
     block_kv: int
     q_tiles: int
     kv_tiles: int
     contiguous: bool
     many_sets: bool
+
+    @property
+    def num_sets(self) -> int:
+        return self.row_weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The numbers of a call that do not come from its plan.
+
+    Attributes:
+        seed: int64, one element, on the device; None without dropout.
+        precision: Of float32 products: ``"ieee"`` or ``"tf32"``.
+    """
+
     sigmoid: bool
     scale: float
     dropout_p: float
+    seed: torch.Tensor | None
     precision: str
 
     @property
-    def threshold(self) -> int:
-        """Dropout bits below this are dropped."""
-        return min(math.floor(self.dropout_p * 2**32), MAX_UINT32)
-
-    @property
-    def dropout_scale(self) -> float:
-        return 1.0 / (1.0 - self.dropout_p)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, that the kernels compute with."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    def numbers(self) -> tuple[float, int, float]:
+        """``scale_log2, dropout_threshold, dropout_scale`` of the kernels."""
+        threshold = min(math.floor(self.dropout_p * 2**32), 2**32 - 1)
+        return self.scale * LOG2E, threshold, 1.0 / (1.0 - self.dropout_p)
 
 
 def architecture(device: torch.device) -> str:
@@ -61,27 +80,43 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _config(kernel: str, q: torch.Tensor, call: Call) -> KernelConfig:
-    dtype = str(q.dtype).removeprefix("torch.")
-    config = kernel_config(architecture(q.device), kernel, padded_head_dim(q.shape[-1]), dtype, call.many_sets)
-    return fit_config(config, call.block_q, call.block_kv)
+@cache
+def _config(device: torch.device, kernel: str, dtype: torch.dtype, variant: Variant) -> KernelConfig:
+    return kernel_config(
+        architecture(device),
+        kernel,
+        variant.head_dim,
+        str(dtype).removeprefix("torch."),
+        many_sets=variant.many_sets,
+        block_q=variant.block_q,
+        block_kv=variant.block_kv,
+        dropout=variant.dropout,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
 
 
-def shared_constants(head_dim: int, call: Call, config: KernelConfig) -> dict[str, Any]:
-    """The constants that all three attention kernels take."""
-    return {
-        "HEAD_DIM": head_dim,
-        "D": padded_head_dim(head_dim),
-        "BLOCK_Q": call.block_q,
-        "BLOCK_KV": call.block_kv,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "CONTIGUOUS": call.contiguous,
-        "MANY_SETS": call.many_sets,
-        "SIGMOID": call.sigmoid,
-        "DROPOUT": call.dropout_p > 0.0,
-        "PRECISION": call.precision,
-    }
+def forget_configs() -> None:
+    """Look the configurations up again, after a table was written."""
+    forget_tables()
+    _config.cache_clear()
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def _variant(head_dim: int, plan: Plan, options: Options) -> Variant:
+    return Variant(
+        head_dim=head_dim,
+        block_q=plan.block_q,
+        block_kv=plan.block_kv,
+        contiguous=plan.contiguous,
+        many_sets=plan.many_sets,
+        sigmoid=options.sigmoid,
+        dropout=options.seed is not None,
+        precision=options.precision,
+    )
 
 
 def _blocks(tile: int, block: int) -> int:
@@ -96,12 +131,8 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    row_weight: torch.Tensor,
-    seed: torch.Tensor | None,
-    rows: torch.Tensor,
-    tokens: torch.Tensor,
-    masks: torch.Tensor,
-    call: Call,
+    plan: Plan,
+    options: Options,
     *,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -112,20 +143,26 @@ def forward(
     batch, heads, num_q, head_dim = q.shape
     if out.numel() == 0:
         return
-    config = _config("forward", q, call)
-    blocks = call.q_tiles * _blocks(call.block_q, config.block_m)
+    variant = replace(
+        _variant(head_dim, plan, options),
+        store_lse=lse is not None,
+        store_sets=set_out is not None,
+        skip_dead=skip_dead,
+    )
+    config = _config(q.device, "forward", q.dtype, variant)
+    blocks = plan.q_tiles * _blocks(plan.block_q, config.block_m)
     forward_kernel[(blocks * batch * heads,)](
         q,
         k,
         v,
         out,
-        out if lse is None else lse,
-        out if set_out is None else set_out,
-        row_weight,
-        rows if seed is None else seed,
-        rows,
-        tokens,
-        masks,
+        lse,
+        set_out,
+        plan.row_weight,
+        options.seed,
+        plan.rows,
+        plan.tokens,
+        plan.masks,
         *_strides(q),
         *_strides(k),
         *_strides(v),
@@ -134,14 +171,9 @@ def forward(
         heads,
         heads // k.shape[1],
         num_q,
-        row_weight.shape[0],
-        call.scale * LOG2E,
-        call.threshold,
-        call.dropout_scale,
-        **shared_constants(head_dim, call, config),
-        STORE_LSE=lse is not None,
-        STORE_SETS=set_out is not None,
-        SKIP_DEAD=skip_dead,
+        plan.num_sets,
+        *options.numbers,
+        **kernel_constants("forward", variant, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -150,53 +182,51 @@ def forward(
 def delta(
     out: torch.Tensor,
     grad_out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
-    row_weight: torch.Tensor,
-    rows: torch.Tensor,
-    tokens: torch.Tensor,
-    call: Call,
+    plan: Plan,
+    options: Options,
     *,
     per_set: bool,
-    delta: torch.Tensor,
-    shift: torch.Tensor,
+    delta: torch.Tensor | None,
+    shift: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
 ) -> None:
-    """Write ``delta``, ``shift`` and the partial sums ``grad_weight`` ``(B*Hq, num_sets, block_q)`` (see ``delta_kernel``)."""
+    """Write ``delta``, ``shift`` and the partial sums ``grad_weight`` (see ``delta_kernel``).
+
+    ``out`` holds the outputs of the single sets if ``per_set``, else the output of the attention. For sigmoid
+    attention only ``grad_weight`` is wanted, and the other results and ``lse`` are None.
+    """
     batch, heads, num_q, head_dim = grad_out.shape
-    num_sets = row_weight.shape[0]
-    block_m = min(64, max(16, 1 << (call.block_q - 1).bit_length()))
-    blocks = num_sets * _blocks(call.block_q, block_m)
+    variant = replace(
+        _variant(head_dim, plan, options),
+        store_sets=per_set,
+        grad_lse=grad_lse is not None,
+        grad_weight=grad_weight is not None,
+    )
+    constants = delta_constants(variant)
+    blocks = plan.num_sets * _blocks(plan.block_q, constants["BLOCK_M"])
     if blocks * batch * heads == 0:
         return
     delta_kernel[(blocks * batch * heads,)](
         out,
         grad_out,
-        lse if grad_lse is None else grad_lse,
+        grad_lse,
         lse,
-        row_weight,
+        plan.row_weight,
         delta,
         shift,
-        delta if grad_weight is None else grad_weight,
-        rows,
-        tokens,
+        grad_weight,
+        plan.rows,
+        plan.tokens,
         *((0, 0, 0) if per_set else _strides(out)),
         *_strides(grad_out),
-        call.q_tiles,
+        plan.q_tiles,
         blocks,
         heads,
         num_q,
-        num_sets,
-        HEAD_DIM=head_dim,
-        D=padded_head_dim(head_dim),
-        BLOCK_Q=call.block_q,
-        BLOCK_M=block_m,
-        CONTIGUOUS=call.contiguous,
-        MANY_SETS=call.many_sets,
-        SIGMOID=call.sigmoid,
-        PER_SET=per_set,
-        GRAD_LSE=grad_lse is not None,
-        GRAD_WEIGHT=grad_weight is not None,
+        plan.num_sets,
+        **constants,
         num_warps=4,
     )
 
@@ -206,14 +236,10 @@ def backward_q(
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
-    shift: torch.Tensor,
-    delta: torch.Tensor,
-    row_weight: torch.Tensor,
-    seed: torch.Tensor | None,
-    rows: torch.Tensor,
-    tokens: torch.Tensor,
-    masks: torch.Tensor,
-    call: Call,
+    delta: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    plan: Plan,
+    options: Options,
     *,
     grad_lse: bool,
     grad_q: torch.Tensor,
@@ -222,8 +248,9 @@ def backward_q(
     batch, heads, num_q, head_dim = q.shape
     if grad_q.numel() == 0:
         return
-    config = _config("backward_q", q, call)
-    blocks = call.q_tiles * _blocks(call.block_q, config.block_m)
+    variant = replace(_variant(head_dim, plan, options), grad_lse=grad_lse)
+    config = _config(q.device, "backward_q", q.dtype, variant)
+    blocks = plan.q_tiles * _blocks(plan.block_q, config.block_m)
     backward_q_kernel[(blocks * batch * heads,)](
         q,
         k,
@@ -232,11 +259,11 @@ def backward_q(
         shift,
         delta,
         grad_q,
-        row_weight,
-        rows if seed is None else seed,
-        rows,
-        tokens,
-        masks,
+        plan.row_weight,
+        options.seed,
+        plan.rows,
+        plan.tokens,
+        plan.masks,
         *_strides(q),
         *_strides(k),
         *_strides(v),
@@ -246,13 +273,10 @@ def backward_q(
         heads,
         heads // k.shape[1],
         num_q,
-        row_weight.shape[0],
-        call.scale,
-        call.scale * LOG2E,
-        call.threshold,
-        call.dropout_scale,
-        **shared_constants(head_dim, call, config),
-        GRAD_LSE=grad_lse,
+        plan.num_sets,
+        options.scale,
+        *options.numbers,
+        **kernel_constants("backward_q", variant, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -263,14 +287,10 @@ def backward_kv(
     k: torch.Tensor,
     v: torch.Tensor,
     grad_out: torch.Tensor,
-    shift: torch.Tensor,
-    delta: torch.Tensor,
-    row_weight: torch.Tensor,
-    seed: torch.Tensor | None,
-    columns: torch.Tensor,
-    tokens: torch.Tensor,
-    masks: torch.Tensor,
-    call: Call,
+    delta: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    plan: Plan,
+    options: Options,
     *,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
@@ -279,8 +299,9 @@ def backward_kv(
     batch, kv_heads, _, head_dim = k.shape
     if grad_k.numel() == 0:
         return
-    config = _config("backward_kv", q, call)
-    blocks = call.kv_tiles * _blocks(call.block_kv, config.block_n)
+    variant = replace(_variant(head_dim, plan, options), group=q.shape[1] // kv_heads)
+    config = _config(q.device, "backward_kv", q.dtype, variant)
+    blocks = plan.kv_tiles * _blocks(plan.block_kv, config.block_n)
     backward_kv_kernel[(blocks * batch * kv_heads,)](
         q,
         k,
@@ -290,11 +311,11 @@ def backward_kv(
         delta,
         grad_k,
         grad_v,
-        row_weight,
-        columns if seed is None else seed,
-        columns,
-        tokens,
-        masks,
+        plan.row_weight,
+        options.seed,
+        plan.columns,
+        plan.tokens,
+        plan.masks,
         *_strides(q),
         *_strides(k),
         *_strides(v),
@@ -304,22 +325,19 @@ def backward_kv(
         blocks,
         kv_heads,
         q.shape[2],
-        row_weight.shape[0],
-        call.scale,
-        call.scale * LOG2E,
-        call.threshold,
-        call.dropout_scale,
-        GROUP=q.shape[1] // kv_heads,
-        **shared_constants(head_dim, call, config),
+        plan.num_sets,
+        options.scale,
+        *options.numbers,
+        **kernel_constants("backward_kv", variant, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
-def alive_columns(columns: torch.Tensor, row_weight: torch.Tensor, kv_tiles: int) -> torch.Tensor:
-    """``columns`` without the entries of softmax sets whose weights are all zero."""
-    alive = (row_weight != 0).any(dim=1).to(torch.int32)
-    compacted = columns.clone()
-    if kv_tiles and row_weight.shape[0]:
-        compact_kernel[(kv_tiles,)](columns, alive, compacted, kv_tiles, BLOCK=128, num_warps=4)
-    return compacted
+def without_dead_sets(plan: Plan) -> Plan:
+    """The plan whose ``columns`` leave out the entries of softmax sets with only zero weights."""
+    alive = (plan.row_weight != 0).any(dim=1).to(torch.int32)
+    columns = plan.columns.clone()
+    if plan.kv_tiles and plan.num_sets:
+        compact_kernel[(plan.kv_tiles,)](plan.columns, alive, columns, plan.kv_tiles, BLOCK=128, num_warps=4)
+    return replace(plan, columns=columns)

@@ -8,6 +8,19 @@ number of blocks, or one block that is larger than the tile and padded.
 import triton
 import triton.language as tl
 
+#: Arguments whose value must not enter the compilation: another batch size or plan would compile anew.
+COUNTS = (
+    "blocks_per_head",
+    "dropout_threshold",
+    "group",
+    "heads",
+    "kv_heads",
+    "kv_tiles",
+    "num_q",
+    "num_sets",
+    "q_tiles",
+)
+
 
 @triton.jit
 def block_tokens(p_tokens, position, offsets, inside, CONTIGUOUS: tl.constexpr):
@@ -19,14 +32,19 @@ def block_tokens(p_tokens, position, offsets, inside, CONTIGUOUS: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(base, stride, p_tokens, position, offsets, o_d, inside, CONTIGUOUS: tl.constexpr):
-    """Pointers ``[rows, D]`` to the rows of a block. The start is 64-bit; the host keeps tiles within 31 bits."""
-    if CONTIGUOUS:
-        # The tile's start is a scalar: the tensor part is the same for every tile, and leaves the loop.
-        return base + position.to(tl.int64) * stride + (offsets * stride)[:, None] + o_d[None, :]
-    else:
-        rows = tl.load(p_tokens + position + offsets, mask=inside, other=0)
-        return base + (rows.to(tl.int64) * stride)[:, None] + o_d[None, :]
+def slice_pointers(base, stride, position, offsets, o_d):
+    """Pointers ``[rows, D]`` to a block of consecutive tokens.
+
+    The tile's start is a 64-bit scalar, and the tensor part, the same for every tile, leaves the loop. It is
+    32-bit: the host keeps the rows of a tile within that.
+    """
+    return base + position.to(tl.int64) * stride + (offsets * stride)[:, None] + o_d[None, :]
+
+
+@triton.jit
+def gather_pointers(base, stride, tokens, o_d):
+    """Pointers ``[rows, D]`` to the rows of any tokens."""
+    return base + (tokens.to(tl.int64) * stride)[:, None] + o_d[None, :]
 
 
 @triton.jit

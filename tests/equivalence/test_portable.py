@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from canvas_engineering.attention.api import block_sparse_attention
-from canvas_engineering.kernels.portable import access, jax_backend, rectangles, row_classes, torch_backend, torch_math
+from canvas_engineering.kernels.portable import (
+    access,
+    jax_backend,
+    rectangles,
+    row_classes,
+    torch_backend,
+    torch_math,
+    torch_plan,
+)
 from canvas_engineering.kernels.portable.rectangles import Batch, lower_to_batches
 from canvas_engineering.plan import BlockSparsePlan
 from equivalence.backends import PORTABLE_JAX, PORTABLE_TORCH
@@ -100,9 +108,10 @@ def test_every_way_gives_the_same_numbers(way: str, name: str, options: Options)
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "GATHER_BYTES", 4096)
-    monkeypatch.setattr(torch_math, "SCORES", 500)
-    monkeypatch.setattr(jax_backend, "SCORES", 500)
+    monkeypatch.setattr(torch_plan, "CPU_GATHER_BYTES", 4096)
+    monkeypatch.setattr(torch_plan, "KEPT_BYTES", 4096)
+    monkeypatch.setattr(torch_math, "CPU_SCORES", 500)
+    monkeypatch.setattr(jax_backend, "CPU_SCORES", 500)
     monkeypatch.setattr(row_classes, "CHUNK", 100)
     monkeypatch.setattr(rectangles, "CHUNK", 100)
 
