@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench
+.PHONY: help venv demo test lint format bench bench-peers bench-full
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Make .venv and install the project with all that tests and demo need
 
@@ -42,5 +42,18 @@ format: $(STAMP) ## Let ruff fix what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP) ## Run the benchmarks
-	$(PY) -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+# Without its dependencies: it runs with this environment's torch, from a folder that only its worker looks into.
+OLD := $(VENV)/peers/canvas-engineering-0.5.0
+bench-peers: $(STAMP) ## Fetch canvas-engineering 0.5.0, which `make bench` compares with
+	test -d $(OLD)/canvas_engineering || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLD) \
+		canvas-engineering==0.5.0 einops
+
+bench: $(STAMP) ## Measure (minutes), render docs/benchmarks.md, show what became slower
+	$(VENV)/bin/canvas-engineering bench run $(ARGS)
+	$(VENV)/bin/canvas-engineering bench report
+	$(VENV)/bin/canvas-engineering bench compare
+
+bench-full: $(STAMP) ## The same with every case and peer (an hour or more)
+	$(VENV)/bin/canvas-engineering bench run --full $(ARGS)
+	$(VENV)/bin/canvas-engineering bench report
+	$(VENV)/bin/canvas-engineering bench compare

@@ -59,7 +59,8 @@ class Pairs:
         total = np.zeros(self.num_tokens)
         for group in self.groups:
             total[group.rows] += group.weight
-        return [(group.weight / total[group.rows]).astype(np.float32) for group in self.groups]
+        share = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)
+        return [(group.weight * share[group.rows]).astype(np.float32) for group in self.groups]
 
     @cached_property
     def classes(self) -> Classes | None:

@@ -70,6 +70,11 @@ def rows_of(results: Results, level: str, scope: str, phase: str) -> Iterator[di
             yield row
 
 
+def _plain(value: float, _: int) -> str:
+    """Numbers on a logarithmic axis, written out."""
+    return f"{value:,.6g}"
+
+
 def _colour(name: str) -> str:
     return COLOURS.get(name, "#999999")
 
@@ -96,15 +101,21 @@ def _canvases(results: Results, figure: Any) -> bool:
             ratios = [(variant(row, name) or {}).get("ratio") for row in found]
             at = [number + place * height - 0.4 + height / 2 for number, ratio in enumerate(ratios) if ratio]
             values = [ratio[0] for ratio in ratios if ratio]
-            axis.barh(at, values, height, label=name, color=_colour(name))
+            # From 1 outwards: bars to the left are peers that were faster.
+            axis.barh(at, [value - 1 for value in values], height, 1, label=name, color=_colour(name))
             for y, value in zip(at, values, strict=True):
-                axis.annotate(f"{value:.1f}", (value, y), (2, 0), textcoords="offset points", va="center", fontsize=7)
+                axis.annotate(
+                    f"{value:.2f}", (max(value, 1), y), (2, 0), textcoords="offset points", va="center", fontsize=7
+                )
         axis.axvline(1, color=_colour(OURS), linewidth=1.5, label=f"{OURS} = 1")
         axis.set_yticks(range(len(found)), [row["title"] for row in found], fontsize=8)
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_title(f"{title}, forward", fontsize=9, loc="left")
-        axis.legend(fontsize=7, loc="lower right")
+        axis.xaxis.set_major_formatter(_plain)
+        axis.xaxis.set_minor_formatter(_plain)
+        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel("time over ours (to the right of the line: slower than ours)", fontsize=8)
     return True
 
@@ -121,6 +132,9 @@ def _lines(axis: Any, series: dict[str, list[tuple[float, float]]], x: str, y: s
     axis.set_yscale("log")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
+    if x == "positions":
+        axis.xaxis.set_major_formatter(_plain)
+    axis.tick_params(labelsize=8)
     axis.grid(True, which="major", alpha=0.3)
     axis.legend(fontsize=8)
 

@@ -97,7 +97,7 @@ def _is(row: dict[str, Any], level: str, scope: str, phase: str) -> bool:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return table(header, rows, markdown=True)
+    return table(header, [[cell.replace("|", "\\|") for cell in row] for row in rows], markdown=True)
 
 
 def _machine(results: Results, name: str) -> str:

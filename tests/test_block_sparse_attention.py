@@ -250,8 +250,8 @@ def test_torch_tensors_as_seeds() -> None:
 
 def test_jax_vmap() -> None:
     q, k, v = (jnp.asarray(x) for x in arrays())
-    want = block_sparse_attention(q, k, v, PLAN)
-    got = jax.vmap(lambda q, k, v: block_sparse_attention(q[None], k[None], v[None], PLAN)[0])(q, k, v)
+    want = attend(arrays())
+    got = jax.jit(jax.vmap(lambda q, k, v: block_sparse_attention(q[None], k[None], v[None], PLAN)[0]))(q, k, v)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -282,3 +282,21 @@ def test_torch_results_lie_like_other_results() -> None:
     reversed_features = [x.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
     flipped = attend(reversed_features, PLAN)
     torch.testing.assert_close(flipped, want.flip(-1))
+
+
+# torch looks at .grad of the operator's output and hides the warning in a way that does not hide errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_torch_compile() -> None:
+    """The checks and the choice are traced; a backend that is an operator can be part of one graph."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    compiled = torch.compile(lambda *x: attend(x) + 1, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), attend((q, k, v)) + 1)
+
+
+def test_torch_compile_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from canvas_engineering.kernels.portable import backend
+
+    monkeypatch.setattr(backend, "attention", lambda q, k, v, plan, **options: q * options["scale"])
+    q, k, v = tensors()
+    compiled = torch.compile(lambda *x: attend(x, row_weight=torch.ones(9, 16)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), q * 8**-0.5)

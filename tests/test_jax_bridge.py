@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -57,6 +58,9 @@ def test_a_torch_dispatcher_runs_a_jax_array(bridged: dispatch.AttentionDispatch
     dx = jax.grad(lambda x: (bridged(x) ** 2).sum())(jnp.asarray(x))
     np.testing.assert_allclose(dx, leaf.grad, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jax.jit(bridged)(x), found, rtol=1e-5, atol=1e-6)
+    bridged.backend = "pallas"  # with tiles that a TPU takes
+    np.testing.assert_allclose(bridged(jnp.asarray(x)), found, rtol=1e-5, atol=1e-5)
+    bridged.backend = "auto"
     assert bridged(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -95,7 +99,11 @@ def test_the_bridge_follows_the_module(bridged: dispatch.AttentionDispatcher, mo
     agrees()
     clone = pickle.loads(pickle.dumps(bridged))
     assert clone not in bridge._bridges
+    clone(jnp.asarray(x))
+    kept_for = len(bridge._bridges)
     del clone
+    gc.collect()
+    assert len(bridge._bridges) == kept_for - 1
     with torch.inference_mode():
         replaced.k_proj.bias = torch.nn.Parameter(torch.zeros(WIDTH))
     agrees()

@@ -48,10 +48,15 @@ class _Process:
                 env=environment,
             )
         except OSError as error:
+            self._folder.cleanup()
             raise Absent(f"${ENVIRONMENT} cannot be run: {error.strerror}") from None
-        found = self.ask("hello")
-        if found["version"] != VERSION:
-            raise Absent(f"the interpreter given for it holds canvas-engineering {found['version']}")
+        try:
+            found = self.ask("hello")
+            if found["version"] != VERSION:
+                raise Absent(f"the interpreter given for it holds canvas-engineering {found['version']}")
+        except Absent:
+            self.close()
+            raise
         self.torch_version = found["torch"]
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
@@ -64,6 +69,7 @@ class _Process:
         except BrokenPipeError:
             line = ""
         if not line:
+            self._folder.cleanup()
             _process.cache_clear()
             status = self._process.wait()
             raise Absent(f"its process ended with status {status} (out of memory?)" if status else "its process ended")

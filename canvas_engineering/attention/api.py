@@ -188,9 +188,9 @@ def backend_reasons(
 ) -> list[str]:
     """Every reason why backend ``name`` cannot run this call; an empty list if it can."""
     found = _array_reasons(name, q)
-    available = _availability(name)
+    # An array of its framework is all that a backend without a device of its own needs.
+    available = _availability(name) if name in _NEEDS or found else Availability(True, "")
     if not available:
-        # What the backend thinks of the call matters only once it can run at all.
         return [*found, available.reason]
     if found:
         return found

@@ -62,14 +62,14 @@ class _Bridge:
 
     def _run_all_active(self, params: Params, x: Array, rng: Array | None) -> tuple[Array, dict[int, Array]]:
         active = (True,) * len(self.dispatcher.edges)
-        work = work_of_known(self.schedule, self.dispatcher._weights_of(active), active)
+        work = work_of_known(self.dispatcher.schedule, self.dispatcher._weights_of(active), active)
         out, errors = self.dispatcher._run(params, x, work, rng)
         return out, {edge: error for edge, _, error in errors}
 
     def _run_weights(
         self, params: Params, x: Array, weights: RowWeights, rng: Array | None
     ) -> tuple[Array, dict[int, Array]]:
-        out, errors = self.dispatcher._run(params, x, work_of_traced(self.schedule, weights), rng)
+        out, errors = self.dispatcher._run(params, x, work_of_traced(self.dispatcher.schedule, weights), rng)
         return out, {edge: error for edge, _, error in errors}
 
 

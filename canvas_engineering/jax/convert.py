@@ -25,6 +25,10 @@ from canvas_engineering.jax.patterned import LocalAttention, MixtureAttention, R
 from canvas_engineering.jax.recurrent import MambaAttention, RWKVAttention
 from canvas_engineering.jax.registry import ATTENTION_REGISTRY, create_attention
 from canvas_engineering.jax.residuals import ResidualState
+from canvas_engineering.jax.tiles import tiles_of
+from canvas_engineering.jax.traits import function_traits
+from canvas_engineering.plan.auto import AUTO_TILES
+from canvas_engineering.routing.schedule import build_schedule
 
 if TYPE_CHECKING:
     from canvas_engineering.dispatch import AttentionDispatcher as TorchDispatcher
@@ -118,10 +122,25 @@ def residual_state_from_torch(accumulator: Any) -> ResidualState:
 
 
 def dispatcher_from_torch(cls: type[AttentionDispatcher], module: TorchDispatcher) -> AttentionDispatcher:
-    """See ``AttentionDispatcher.from_torch``; plans are shared with the torch module."""
-    from canvas_engineering.jax.dispatcher import as_accumulator
+    """See ``AttentionDispatcher.from_torch``; plans are shared with the torch module unless a TPU needs others."""
+    from canvas_engineering.jax.dispatcher import as_accumulator, check_backend
 
     _checked(module)
+    check_backend(module.backend)
+    functions = {name: _function(name, fn, module) for name, fn in module.fn_modules.items()}
+    schedule, tiles = module.schedule, tiles_of(module.backend)
+    if tiles is not AUTO_TILES:
+        schedule = build_schedule(
+            module.topology,
+            module.layout,
+            module.edges,
+            {name: function_traits(function) for name, function in functions.items()},
+            program=module.program,
+            skip_temporal=module.skip_temporal,
+            block_q=module.block_q,
+            block_kv=module.block_kv,
+            tiles=tiles,
+        )
     dispatcher = cls.__new__(cls)
     dispatcher._assemble(
         module.layout,
@@ -130,8 +149,8 @@ def dispatcher_from_torch(cls: type[AttentionDispatcher], module: TorchDispatche
         as_accumulator(module.residual_accumulator),
         module.program,
         module.backend,
-        {name: _function(name, fn, module) for name, fn in module.fn_modules.items()},
-        module.schedule,
+        functions,
+        schedule,
     )
     return dispatcher
 

@@ -20,6 +20,7 @@ from canvas_engineering.jax.registry import create_attention
 from canvas_engineering.jax.residuals import ResidualAccumulator, ResidualState
 from canvas_engineering.jax.run import Layout, Runner
 from canvas_engineering.jax.slots import SlotBinding
+from canvas_engineering.jax.tiles import tiles_of
 from canvas_engineering.jax.traits import function_traits
 from canvas_engineering.jax.weights import (
     ActiveWork,
@@ -74,7 +75,7 @@ class AttentionDispatcher:
         cortex_registry: Inside one cortex its ``local_backend`` is the function.
         backend: ``"auto"``, or one of ``"pallas"``, ``"portable"``, ``"reference"``, which is then never replaced
             by another.
-        block_q, block_kv: Tile sizes of the plans, or ``"auto"``.
+        block_q, block_kv: Tile sizes of the plans, or ``"auto"``: on a TPU, from those that a TPU takes.
         function_options: By function name, options of that function, for example
             ``{"local_attention": {"window_size": 16}, "random_fixed": {"pattern_seed": 7}}``.
 
@@ -103,6 +104,7 @@ class AttentionDispatcher:
         block_kv: BlockSize = "auto",
         function_options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        check_backend(backend)
         accumulator = as_accumulator(residual_accumulator)
         edges = resolve_edges(
             topology,
@@ -130,6 +132,7 @@ class AttentionDispatcher:
             skip_temporal=skip_temporal,
             block_q=block_q,
             block_kv=block_kv,
+            tiles=tiles_of(backend),
         )
         self._assemble(layout, d_model, n_heads, accumulator, program, backend, functions, schedule)
 
@@ -145,7 +148,6 @@ class AttentionDispatcher:
         schedule: Schedule,
     ) -> None:
         """Everything that follows from functions and schedule."""
-        check_backend(backend)
         self.layout = layout
         self.d_model = d_model
         self.n_heads = n_heads

@@ -121,7 +121,7 @@ def _region_colours(names: list[str]) -> dict[str, Any]:
     """A colour for each combination of regions, in order of appearance; grey for unused tokens."""
     from matplotlib import colormaps
 
-    palette = colormaps["Set2"].colors + colormaps["tab20"].colors
+    palette = [colormaps[name](i) for name, count in (("Set2", 8), ("tab20", 20)) for i in range(count)]
     distinct = [name for name in dict.fromkeys(names) if name != "unused"]
     colours = {name: palette[i % len(palette)] for i, name in enumerate(distinct)}
     return {**colours, **({"unused": (0.8, 0.8, 0.8)} if "unused" in names else {})}

@@ -53,7 +53,10 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         raise BackendError(f"head_dim must be an integer from 1 to {MAX_HEAD_DIM}, got {head_dim!r}")
     if plan is None:
         plan = example_plan(*recommended_tiles(head_dim, dtype))
-    what = f"{plan.num_q:,} x {plan.num_kv:,} tokens in tiles of {plan.block_q} x {plan.block_kv}, {dtype}, head_dim {head_dim}"
+    what = (
+        f"{plan.num_q:,} x {plan.num_kv:,} tokens in tiles of {plan.block_q} x {plan.block_kv}, {dtype}, "
+        f"head_dim {head_dim}"
+    )
     problems = tile_problems(plan.block_q, plan.block_kv, head_dim, dtype)
     if problems:
         return {"kernels": [], "fits": False, "sentence": f"No: a {target} cannot run {what}: {'; '.join(problems)}."}
@@ -78,7 +81,7 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
 
 
 def example_plan(block_q: int, block_kv: int, tiles: int = 32) -> BlockSparsePlan:
-    """A square plan of ``tiles`` tiles a side that visits full tiles on one side of the diagonal, partial ones on it."""
+    """A plan of ``tiles`` x ``tiles`` tiles: full ones on one side of the diagonal, partial ones on it."""
     rows, cols = np.tril_indices(tiles)
     diagonal = np.arange(block_q)[:, None] * block_kv >= np.arange(block_kv) * block_q
     return BlockSparsePlan(

@@ -93,8 +93,8 @@ class Compiler:
         )
 
 
-def compile_kernels(compiler: Compiler, plan: Any, head_dim: int, dtype: str) -> list[dict[str, Any]]:
-    """The three kernels of a plan, for one head: what ``aot.compile_report`` returns under ``"kernels"``.
+def compile_kernels(compiler: Compiler, plan: Any, head_dim: int, dtype: str, heads: int = 1) -> list[dict[str, Any]]:
+    """The three kernels of a plan: what ``aot.compile_report`` returns under ``"kernels"``.
 
     A kernel that does not compile has an ``"error"`` instead of numbers.
     """
@@ -119,10 +119,10 @@ def compile_kernels(compiler: Compiler, plan: Any, head_dim: int, dtype: str) ->
     )
     arrays = compiler.placeholders(plan_arrays(lowered, None, None))
     width = padded_head_dim(head_dim)
-    q = compiler.array((1, plan.num_q_tiles * plan.block_q, width), dtype)
-    kv = compiler.array((1, plan.num_kv_tiles * plan.block_kv, width), dtype)
+    q = compiler.array((heads, plan.num_q_tiles * plan.block_q, width), dtype)
+    kv = compiler.array((heads, plan.num_kv_tiles * plan.block_kv, width), dtype)
     weight = compiler.array((lowered.num_sets, 1, plan.block_q), jnp.float32)
-    rows = compiler.array((1, lowered.num_sets, 1, plan.block_q), jnp.float32)
+    rows = compiler.array((heads, lowered.num_sets, 1, plan.block_q), jnp.float32)
 
     def backward(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(arrays: Any, q: Any, k: Any, v: Any, grad: Any, lse: Any, delta: Any, weight: Any) -> Any:

@@ -357,5 +357,5 @@ def _unit_weight(plan: BlockSparsePlan) -> bool:
     in_sets = np.isin(plan.entry_set, sets)
     if (plan.entry_mask[in_sets] < 0).any():
         return False
-    has_key = plan.masks.any(axis=2)  # (num_masks, block_q)
-    return not (has_key[plan.entry_mask[in_sets]] & other[plan.entry_set[in_sets]]).any()
+    has_key: NDArray[np.bool_] = np.any(plan.masks, axis=2)  # (num_masks, block_q)
+    return not bool(np.any(has_key[plan.entry_mask[in_sets]] & other[plan.entry_set[in_sets]]))

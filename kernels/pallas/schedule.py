@@ -105,7 +105,8 @@ def active_bundles(bundles: list[Bundle]) -> int:
             if target > index:
                 spans.append((index + 1, target))
     leaves = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    computing, other = [], []
+    computing: list[int] = []
+    other: list[int] = []
     for start, stop in leaves:
         has_product = any(_MATRIX_UNIT.search(bundle.text) for bundle in bundles[start:stop])
         (computing if has_product else other).append(stop - start)

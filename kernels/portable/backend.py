@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from canvas_engineering._arrays import FLOAT_DTYPES, dtype_name, framework_of
@@ -10,7 +9,6 @@ from canvas_engineering._optional import installed
 from canvas_engineering.plan import BlockSparsePlan
 
 
-@cache
 def availability() -> tuple[bool, str]:
     """Wherever torch or JAX is installed."""
     found = [name for name in ("torch", "jax") if installed(name)]

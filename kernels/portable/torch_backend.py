@@ -49,13 +49,13 @@ class _Call:
         half = dtype in (torch.float16, torch.bfloat16)
         return not self.sigmoid and self.dropout_p == 0 and not (self.return_lse and half)
 
-    def scoring(self, read: DeviceRead, batch: int) -> Scoring:
+    def scoring(self, read: DeviceRead, q: Tensor) -> Scoring:
         dropout = None
         if self.dropout_p > 0:
             device = read.row_token.device
-            head = torch.arange(batch * self.heads_kv * self.group, dtype=torch.int32, device=device)
+            head = torch.arange(q.shape[0] * self.heads_kv * self.group, dtype=torch.int32, device=device)
             # (C, group) query heads of each kv head; a problem's rows are (row, query head) pairs.
-            head = head.reshape(batch * self.heads_kv, 1, self.group, 1)
+            head = head.reshape(q.shape[0] * self.heads_kv, 1, self.group, 1)
             dropout = Dropout(
                 self.dropout_p,
                 self.seed,
@@ -63,9 +63,11 @@ class _Call:
                 read.row_token.repeat_interleave(self.group, dim=1),
                 read.key_token,
             )
-        return Scoring(self.scale, self.sigmoid, read.allowed(self.group), dropout)
+        bias = read.mask_bias(torch_math.wide(q), self.group)
+        return Scoring(self.scale, self.sigmoid, bias, dropout)
 
 
+@torch.compiler.disable  # a torch.compile graph breaks here: the number of calls depends on the plan
 def attention(
     q: Tensor,  # (B, Hq, Nq, D)
     k: Tensor,  # (B, Hkv, Nkv, D)
@@ -169,7 +171,7 @@ class _Attention(torch.autograd.Function):
                             q_one, k_one, v_one, 0.0, False, attn_mask=read.bias(q.dtype, group), scale=call.scale
                         )
                     else:
-                        out_one, lse_one = torch_math.forward(q_one, k_one, v_one, call.scoring(read, q.shape[0]))
+                        out_one, lse_one = torch_math.forward(q_one, k_one, v_one, call.scoring(read, q))
                     total = _add_weighted(total, out_one, read.weights(row_weight, group), len(one.reads) > 1)
                     if training:
                         saved += [out_one, lse_one]
@@ -233,7 +235,7 @@ class _Attention(torch.autograd.Function):
                             scale=call.scale,
                         )
                     else:
-                        scoring = call.scoring(read, q.shape[0])
+                        scoring = call.scoring(read, q)
                         dq_read, dk_one, dv_one = torch_math.backward(
                             grad_one, lse_rows, q_one, k_one, v_one, out_one, lse_one, scoring
                         )

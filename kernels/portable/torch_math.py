@@ -28,8 +28,8 @@ class Dropout:
     row_token: Tensor  # (G, R) int32
     key_token: Tensor  # (G, K) int32
 
-    def keep(self, rows: slice, problems: slice, dtype: torch.dtype) -> Tensor:
-        """``(C, g, r, K)``: 0 where dropped, ``1 / (1 - probability)`` where kept."""
+    def kept(self, problems: slice, rows: slice) -> Tensor:
+        """``(C, g, r, K)`` bool: the pairs that are not left out."""
         low, high = _int32(self.seed), _int32(self.seed >> 32)
         head = self.batch_head if self.batch_head.shape[2] == 1 else self.batch_head[:, :, rows]
         row = _fmix(low ^ head * _int32(0x9E3779B1))
@@ -37,8 +37,12 @@ class Dropout:
         bits = _fmix(_fmix(row) ^ self.key_token[problems, None] * _int32(0xC2B2AE3D))
         threshold = min(math.floor(self.probability * 2**32), 0xFFFFFFFF)
         # Unsigned order is signed order with the top bit flipped.
-        kept = bits.bitwise_xor_(-(2**31)) >= threshold - 2**31
-        return kept.to(dtype).div_(1 - self.probability)
+        return bits.bitwise_xor_(-(2**31)) >= threshold - 2**31
+
+    @property
+    def scale(self) -> float:
+        """Factor of the kept probabilities."""
+        return 1 / (1 - self.probability)
 
 
 def _int32(value: int) -> int:
@@ -47,12 +51,13 @@ def _int32(value: int) -> int:
 
 
 def _fmix(h: Tensor) -> Tensor:
-    """Murmur3's finaliser; shifts of signed numbers are arithmetic, so copies of the sign are masked off."""
-    h = h ^ (h >> 16 & 0xFFFF)
-    h.mul_(_int32(0x85EBCA6B))
-    h.bitwise_xor_(h >> 13 & 0x7FFFF)
-    h.mul_(_int32(0xC2B2AE35))
-    return h.bitwise_xor_(h >> 16 & 0xFFFF)
+    """Murmur3's finaliser, in place; shifts of signed numbers are arithmetic, so copies of the sign are masked off."""
+    shifted = h >> 16
+    h.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(_int32(0x85EBCA6B))
+    torch.bitwise_right_shift(h, 13, out=shifted)
+    h.bitwise_xor_(shifted.bitwise_and_(0x7FFFF)).mul_(_int32(0xC2B2AE35))
+    torch.bitwise_right_shift(h, 16, out=shifted)
+    return h.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,18 @@ class Scoring:
 
     scale: float
     sigmoid: bool
-    allowed: Tensor | None  # (G, R, K) bool
+    bias: Tensor | None  # (1, G, R, K) in the wide dtype, 0 where allowed and -inf elsewhere
     dropout: Dropout | None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Output ``(C, G, R, D)`` in q's dtype and log-sum-exp ``(C, G, R)`` (0 for sigmoid)."""
-    wide = _wide(q)
+    to = wide(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.zeros(q.shape[:-1], dtype=wide, device=q.device)
+    lse = torch.zeros(q.shape[:-1], dtype=to, device=q.device)
     for g, r in _pieces(q, k):
-        k_wide, v_wide = k[:, g].to(wide), v[:, g].to(wide)
-        prob = _scores(q[:, g, r].to(wide), k_wide, scoring, g, r)
+        k_wide, v_wide = k[:, g].to(to), v[:, g].to(to)
+        prob = _scores(q[:, g, r].to(to), k_wide, scoring, g, r)
         if scoring.sigmoid:
             prob.sigmoid_()
         else:
@@ -82,7 +87,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, 
             prob.div_(total)
             lse[:, g, r] = (largest + total.log_()).squeeze(-1)
         if scoring.dropout is not None:
-            prob.mul_(scoring.dropout.keep(r, g, wide))
+            prob.mul_(scoring.dropout.kept(g, r))  # several times faster than filling by a mask
+            v_wide = v_wide * scoring.dropout.scale
         out[:, g, r] = prob @ v_wide
     return out, lse
 
@@ -98,25 +104,25 @@ def backward(
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in float32 (float64 for float64)."""
-    wide = _wide(q)
-    dq = torch.empty(q.shape, dtype=wide, device=q.device)
-    dk, dv = torch.zeros(k.shape, dtype=wide, device=k.device), torch.zeros(v.shape, dtype=wide, device=v.device)
+    to = wide(q)
+    dq = torch.empty(q.shape, dtype=to, device=q.device)
+    dk, dv = torch.zeros(k.shape, dtype=to, device=k.device), torch.zeros(v.shape, dtype=to, device=v.device)
     for g, r in _pieces(q, k):
-        q_wide, k_wide, v_wide, do = q[:, g, r].to(wide), k[:, g].to(wide), v[:, g].to(wide), grad[:, g, r].to(wide)
+        q_wide, k_wide, v_wide, do = q[:, g, r].to(to), k[:, g].to(to), v[:, g].to(to), grad[:, g, r].to(to)
         prob = _scores(q_wide, k_wide, scoring, g, r)
         prob = prob.sigmoid_() if scoring.sigmoid else prob.sub_(lse[:, g, r, None]).exp_()
-        dp = do @ v_wide.transpose(-1, -2)
         if scoring.dropout is None:
+            dp = do @ v_wide.transpose(-1, -2)
             dv[:, g] += prob.transpose(-1, -2) @ do
         else:
-            keep = scoring.dropout.keep(r, g, wide)
-            dv[:, g] += (prob * keep).transpose(-1, -2) @ do
-            dp.mul_(keep)
+            kept, scaled = scoring.dropout.kept(g, r), do * scoring.dropout.scale
+            dp = (scaled @ v_wide.transpose(-1, -2)).mul_(kept)
+            dv[:, g] += (prob * kept).transpose(-1, -2) @ scaled
         if scoring.sigmoid:
             dz = dp.mul_(prob).mul_(1 - prob)
         else:
             # Dropout included, the output is (p m) v, so its product with the gradient is sum_k(p dp).
-            total = (do * out[:, g, r].to(wide)).sum(-1, keepdim=True)
+            total = (do * out[:, g, r].to(to)).sum(-1, keepdim=True)
             if grad_lse is not None:
                 total.sub_(grad_lse[:, g, r, None])
             dz = dp.sub_(total).mul_(prob)
@@ -126,15 +132,16 @@ def backward(
     return dq, dk, dv
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of scores and sums: float32 for half precision."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _scores(q: Tensor, k: Tensor, scoring: Scoring, problems: slice, rows: slice) -> Tensor:
     """Scaled scores, ``-inf`` where not allowed."""
     scores = (q @ k.transpose(-1, -2)).mul_(scoring.scale)
-    if scoring.allowed is not None:
-        scores.masked_fill_(~scoring.allowed[problems, rows], -math.inf)
+    if scoring.bias is not None:
+        scores.add_(scoring.bias[:, problems, rows])
     return scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import config as table
 from canvas_engineering.kernels.triton.backward import backward_kv_kernel, backward_q_kernel, delta_kernel
 from canvas_engineering.kernels.triton.config import KernelConfig, kernel_config
-from canvas_engineering.kernels.triton.constants import Variant, delta_constants, kernel_constants
+from canvas_engineering.kernels.triton.constants import (
+    SMALL_KERNEL,
+    Variant,
+    compile_options,
+    delta_constants,
+    kernel_constants,
+)
 from canvas_engineering.kernels.triton.forward import forward_kernel
 from canvas_engineering.plan import BlockSparsePlan
 
@@ -78,7 +84,8 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         plan: Compile for its tiles and softmax sets; without one for the largest shipped blocks and several sets.
 
     Returns:
-        ``{"backend", "target", "head_dim", "dtype", "kernels": [...]}``, the kernels as in :class:`KernelReport`.
+        ``"kernels"``: a list of the fields of :class:`KernelReport`. ``"fits"``: whether none of them spills
+        registers and all fit the shared memory. ``"sentence"``: the answer in words. And the arguments.
 
     Raises:
         BackendError: An argument is not one of those above, or the process interprets its kernels.
@@ -96,22 +103,31 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         many_sets=plan.max_sets > 1 if plan is not None else True,
     )
     reports = [report(kernel, variant, dtype, target) for kernel in (*table.KERNELS, "delta")]
+    spilling = [f"{one.name} spills {one.stack_bytes} bytes per thread" for one in reports if one.stack_bytes]
+    too_large = [
+        f"{one.name} needs {one.shared_bytes:,} bytes of shared memory, at most {one.shared_limit:,} are there"
+        for one in reports
+        if one.shared_bytes > one.shared_limit
+    ]
+    problems = [*spilling, *too_large]
+    what = f"{target}, {dtype}, head_dim {head_dim}, tiles of {variant.block_q} x {variant.block_kv}"
+    answer = f"No: {what}: {'; '.join(problems)}." if problems else f"Yes: {what}: all in registers and shared memory."
     return {
         "backend": "triton",
         "target": target,
         "head_dim": head_dim,
         "dtype": dtype,
         "kernels": [asdict(one) for one in reports],
+        "fits": not problems,
+        "sentence": answer,
     }
 
 
-def report(
-    kernel: str, variant: Variant, dtype: str, target: str, config: KernelConfig | None = None
-) -> KernelReport:
+def report(kernel: str, variant: Variant, dtype: str, target: str, config: KernelConfig | None = None) -> KernelReport:
     """Compile one kernel (``"delta"`` or one of ``config.KERNELS``), in its shipped configuration by default."""
     if kernel == "delta":
         constants = delta_constants(variant)
-        config = KernelConfig(constants["BLOCK_M"], 0, 4, 1)
+        config = replace(SMALL_KERNEL, block_m=constants["BLOCK_M"])
         compiled = compile_kernel(delta_kernel, constants, dtype, target, config)
     else:
         if config is None:
@@ -164,9 +180,7 @@ def gpu_target(target: str) -> GPUTarget:
     return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
 
 
-def compile_kernel(
-    kernel: Any, constants: dict[str, Any], dtype: str, target: str, config: KernelConfig
-) -> Any:
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: str, config: KernelConfig) -> Any:
     """The compiled kernel (with ``asm`` and ``metadata``), specialised as for a launch with aligned tensors.
 
     Raises:
@@ -181,8 +195,7 @@ def compile_kernel(
         if name not in constants and name.startswith(("p_", "stride_")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=gpu_target(target), options=options)
+    return triton.compile(source, target=gpu_target(target), options=compile_options(config))
 
 
 def _argument_type(name: str, dtype: str) -> str:

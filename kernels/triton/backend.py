@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,6 @@ MINIMUM_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MINIMUM_CAPABILITY = (8, 0)
-MAX_TILE = 4096  # tokens of a tile
 Activation = Literal["softmax", "sigmoid"]
 
 
@@ -52,6 +50,7 @@ def interpreted() -> bool:
 
     return isinstance(forward_kernel, InterpretedFunction)
 
+
 def reasons(
     q: Any,
     k: Any,
@@ -79,19 +78,14 @@ def reasons(
         names = ", ".join(type(t).__name__ for t in (q, k, v))
         return [*found, f"q, k and v must be torch tensors, got {names}"]
     found += _device_reasons(q, k, v, row_weight, ok)
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        # Under autocast the call casts its inputs, so they may differ.
-        if not (torch.is_autocast_enabled(q.device.type) and {q.dtype, k.dtype, v.dtype} <= set(DTYPES)):
-            found.append(
-                f"q, k and v must share one dtype of float32, float16, bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
-            )
+    found += _dtype_reasons(q, k, v)
     if not (q.ndim == k.ndim == v.ndim == 4):
         return [*found, f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim}, {v.ndim}"]
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
         found.append(f"head_dim must be from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[3]}")
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         found.append(
-            "k and v must have one shape, and the batch and head_dim of q, "
+            "k and v must have one shape and the batch and head_dim of q, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     elif k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -111,23 +105,33 @@ def reasons(
     return found
 
 
-def _device_reasons(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weight: Any, ok: bool
-) -> list[str]:
+def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weight: Any, ok: bool) -> list[str]:
     found = []
     if not (q.device == k.device == v.device):
         found.append(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    if ok and q.device.type != ("cpu" if interpreted() else "cuda"):
-        if interpreted():
-            found.append(f"TRITON_INTERPRET=1 runs tensors on the CPU only, got device {q.device}")
-        else:
-            found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
-    if row_weight is not None:
-        if not isinstance(row_weight, torch.Tensor):
-            found.append(f"row_weight must be a torch tensor, got {type(row_weight).__name__}")
-        elif row_weight.device != q.device:
-            found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
+    if ok and interpreted() and q.device.type != "cpu":
+        found.append(f"TRITON_INTERPRET=1 runs tensors on the CPU only, got device {q.device}")
+    if ok and not interpreted() and q.device.type != "cuda":
+        found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
+    if row_weight is not None and not isinstance(row_weight, torch.Tensor):
+        found.append(f"row_weight must be a torch tensor, got {type(row_weight).__name__}")
+    elif row_weight is not None and row_weight.device != q.device:
+        found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
     return found
+
+
+def _dtype_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
+    if torch.is_autocast_enabled(q.device.type):
+        dtypes = {torch.get_autocast_dtype(q.device.type)}  # which the call casts its operands to
+    else:
+        dtypes = {q.dtype, k.dtype, v.dtype}
+    # The interpreter multiplies the bit patterns of bfloat16 as integers.
+    allowed = DTYPES[:2] if q.device.type == "cpu" else DTYPES
+    if len(dtypes) == 1 and dtypes <= set(allowed):
+        return []
+    names = [str(dtype).removeprefix("torch.") for dtype in allowed]
+    got = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return [f"q, k and v must have one dtype of {', '.join(names)}, got {got}"]
 
 
 def attention(
@@ -165,7 +169,12 @@ def attention(
     Under autocast q, k and v are cast to its dtype. Callers check :func:`reasons` first.
     """
     # Imported here: the operators register themselves, and triton may be missing where only reasons are asked for.
-    from canvas_engineering.kernels.triton.operator import SAVE_LSE, SAVE_NOTHING, SAVE_SETS
+    from canvas_engineering.kernels.triton.operator import (
+        SAVE_LSE,
+        SAVE_NOTHING,
+        SAVE_SETS,
+        BlockSparseAttention,
+    )
 
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -173,7 +182,7 @@ def attention(
     if scale <= 0:
         # The kernels multiply a row's maximum by the scale, so they want a positive one.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
-    q, k, v = (_addressable(t) for t in (q, k, v))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     lowered = _lowered(plan, q.device)
     own_weight = row_weight is None
     weight = lowered.row_weight if row_weight is None else row_weight.to(torch.float32).contiguous()
@@ -187,7 +196,9 @@ def attention(
     if allow_tf32 is None:
         allow_tf32 = q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
 
-    out, lse, _ = torch.ops.canvas_engineering.block_sparse_attention(
+    # torch.compile takes the operator as it is; transforms of torch.func need an autograd.Function around it.
+    operator: Any = torch.ops.canvas_engineering.block_sparse_attention
+    out, lse, _ = (operator if torch.compiler.is_compiling() else BlockSparseAttention.apply)(
         q,
         k,
         v,
@@ -227,12 +238,6 @@ def _lowered_columns(plan: BlockSparsePlan, device: torch.device) -> Any:
     from canvas_engineering.kernels.triton.lower import lower_columns
 
     return lower_columns(plan, device)
-
-
-def _addressable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where the kernels' addresses do not reach: 32 bits for the rows of one tile."""
-    within_reach = tensor.stride(2) * MAX_TILE < 2**31
-    return tensor if tensor.stride(3) == 1 and within_reach else tensor.contiguous()
 
 
 def _seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:

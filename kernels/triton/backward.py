@@ -45,9 +45,8 @@ from canvas_engineering.kernels.triton.tiles import (
     block_tokens,
     dropout_keep,
     dropout_rows,
-    gather_pointers,
     load_rows,
-    slice_pointers,
+    row_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
@@ -114,11 +113,11 @@ def delta_kernel(
     o_set = (batch_head * num_sets + s) * BLOCK_Q + o_m
 
     p_grad_out += batch * stride_gb + head * stride_gh
-    b_do = load_rows(gather_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
+    b_do = load_rows(row_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if PER_SET:
         p_out_rows = p_out + (o_set * HEAD_DIM)[:, None] + o_d[None, :]
     else:
-        p_out_rows = gather_pointers(p_out + batch * stride_ob + head * stride_oh, stride_on, q_tokens, o_d)
+        p_out_rows = row_pointers(p_out + batch * stride_ob + head * stride_oh, stride_on, q_tokens, o_d)
     b_o = load_rows(p_out_rows, m_m, o_d, HEAD_DIM, D)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)  # [BLOCK_M]
 
@@ -220,8 +219,8 @@ def backward_q_kernel(
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_grad_out += batch * stride_gb + head * stride_gh
     p_grad_q += batch * stride_dqb + head * stride_dqh
-    b_q = load_rows(gather_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
-    b_do = load_rows(gather_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
+    b_q = load_rows(row_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
+    b_do = load_rows(row_pointers(p_grad_out, stride_gn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -262,14 +261,12 @@ def backward_q_kernel(
 
                 if CONTIGUOUS:
                     k_tokens = kv_position + o_n
-                    p_k_rows = slice_pointers(p_k, stride_kn, kv_position, o_n, o_d)
-                    p_v_rows = slice_pointers(p_v, stride_vn, kv_position, o_n, o_d)
                 else:
                     k_tokens = next_tokens
                     o_next = ((step + 1) % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
                     next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
-                    p_k_rows = gather_pointers(p_k, stride_kn, k_tokens, o_d)
-                    p_v_rows = gather_pointers(p_v, stride_vn, k_tokens, o_d)
+                p_k_rows = row_pointers(p_k, stride_kn, k_tokens, o_d)
+                p_v_rows = row_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -297,7 +294,7 @@ def backward_q_kernel(
     position = tl.load(p_tile + Q_TILE_POSITION)
     m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
     q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
-    store_rows(gather_pointers(p_grad_q, stride_dqn, q_tokens, o_d), b_dq * scale, m_m, o_d, HEAD_DIM, D)
+    store_rows(row_pointers(p_grad_q, stride_dqn, q_tokens, o_d), b_dq * scale, m_m, o_d, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -382,8 +379,8 @@ def backward_kv_kernel(
 
     p_k += batch * stride_kb + kv_head * stride_kh
     p_v += batch * stride_vb + kv_head * stride_vh
-    b_k = load_rows(gather_pointers(p_k, stride_kn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
-    b_v = load_rows(gather_pointers(p_v, stride_vn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
+    b_k = load_rows(row_pointers(p_k, stride_kn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
+    b_v = load_rows(row_pointers(p_v, stride_vn, k_tokens, o_d), m_n, o_d, HEAD_DIM, D)
 
     b_dk = tl.zeros([BLOCK_N, D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, D], tl.float32)
@@ -397,7 +394,7 @@ def backward_kv_kernel(
     if not CONTIGUOUS:
         o_next = tl.arange(0, BLOCK_M)
         next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
-    for step in range(0, GROUP * steps):
+    for step in range(GROUP * steps):
         head = kv_head * GROUP
         next_step = step + 1
         if GROUP > 1:
@@ -419,14 +416,12 @@ def backward_kv_kernel(
 
         if CONTIGUOUS:
             q_tokens = q_position + o_m
-            p_q_rows = slice_pointers(p_q_head, stride_qn, q_position, o_m, o_d)
-            p_do_rows = slice_pointers(p_do_head, stride_gn, q_position, o_m, o_d)
         else:
             q_tokens = next_tokens
             o_next = ((step + 1) % M_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
             next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
-            p_q_rows = gather_pointers(p_q_head, stride_qn, q_tokens, o_d)
-            p_do_rows = gather_pointers(p_do_head, stride_gn, q_tokens, o_d)
+        p_q_rows = row_pointers(p_q_head, stride_qn, q_tokens, o_d)
+        p_do_rows = row_pointers(p_do_head, stride_gn, q_tokens, o_d)
         b_q = load_rows(p_q_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
         b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
         b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
@@ -465,8 +460,8 @@ def backward_kv_kernel(
     k_tokens = block_tokens(p_tokens, position, o_n, m_n, CONTIGUOUS)
     p_grad_k += batch * stride_dkb + kv_head * stride_dkh
     p_grad_v += batch * stride_dvb + kv_head * stride_dvh
-    store_rows(gather_pointers(p_grad_k, stride_dkn, k_tokens, o_d), b_dk * scale, m_n, o_d, HEAD_DIM, D)
-    store_rows(gather_pointers(p_grad_v, stride_dvn, k_tokens, o_d), b_dv, m_n, o_d, HEAD_DIM, D)
+    store_rows(row_pointers(p_grad_k, stride_dkn, k_tokens, o_d), b_dk * scale, m_n, o_d, HEAD_DIM, D)
+    store_rows(row_pointers(p_grad_v, stride_dvn, k_tokens, o_d), b_dv, m_n, o_d, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=COUNTS)

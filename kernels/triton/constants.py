@@ -7,6 +7,9 @@ from typing import Any
 
 from canvas_engineering.kernels.triton.config import KernelConfig
 
+#: Of the kernels that multiply no matrices; their blocks are fixed.
+SMALL_KERNEL = KernelConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -81,7 +84,7 @@ def delta_constants(variant: Variant) -> dict[str, Any]:
         "HEAD_DIM": variant.head_dim,
         "D": padded_head_dim(variant.head_dim),
         "BLOCK_Q": variant.block_q,
-        "BLOCK_M": max(16, min(64, 1 << (variant.block_q - 1).bit_length())),
+        "BLOCK_M": max(16, min(SMALL_KERNEL.block_m, 1 << (variant.block_q - 1).bit_length())),
         "CONTIGUOUS": variant.contiguous,
         "MANY_SETS": variant.many_sets,
         "SIGMOID": variant.sigmoid,
@@ -89,3 +92,8 @@ def delta_constants(variant: Variant) -> dict[str, Any]:
         "GRAD_LSE": variant.grad_lse,
         "GRAD_WEIGHT": variant.grad_weight,
     }
+
+
+def compile_options(config: KernelConfig) -> dict[str, Any]:
+    """Options of Triton's compiler. Fusing multiplications and additions is asked for: its default is changing."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}

@@ -22,9 +22,8 @@ from canvas_engineering.kernels.triton.tiles import (
     block_tokens,
     dropout_keep,
     dropout_rows,
-    gather_pointers,
     load_rows,
-    slice_pointers,
+    row_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
@@ -116,7 +115,7 @@ def forward_kernel(
     p_k += batch * stride_kb + (head // group) * stride_kh
     p_v += batch * stride_vb + (head // group) * stride_vh
     p_out += batch * stride_ob + head * stride_oh
-    b_q = load_rows(gather_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
+    b_q = load_rows(row_pointers(p_q, stride_qn, q_tokens, o_d), m_m, o_d, HEAD_DIM, D)
     if DROPOUT:
         dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
 
@@ -137,9 +136,9 @@ def forward_kernel(
         else:
             o_lse = batch_head * num_q + q_tokens
             m_lse = m_m
-        b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
         alive = True
         if SKIP_DEAD:
+            b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
             alive = tl.sum((b_w != 0.0).to(tl.int32), 0) > 0
         if alive:
             b_acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -166,14 +165,12 @@ def forward_kernel(
 
                 if CONTIGUOUS:
                     k_tokens = kv_position + o_n
-                    p_k_rows = slice_pointers(p_k, stride_kn, kv_position, o_n, o_d)
-                    p_v_rows = slice_pointers(p_v, stride_vn, kv_position, o_n, o_d)
                 else:
                     k_tokens = next_tokens
                     o_next = ((step + 1) % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
                     next_tokens = block_tokens(p_tokens, next_position, o_next, o_next < next_count, False)
-                    p_k_rows = gather_pointers(p_k, stride_kn, k_tokens, o_d)
-                    p_v_rows = gather_pointers(p_v, stride_vn, k_tokens, o_d)
+                p_k_rows = row_pointers(p_k, stride_kn, k_tokens, o_d)
+                p_v_rows = row_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
@@ -200,6 +197,10 @@ def forward_kernel(
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
 
+            # The barrier ends the loop's software pipeline before registers are needed for the sum over sets; without
+            # it the compiler overlaps the two and spills.
+            tl.debug_barrier()
+            b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
             if SIGMOID:
                 inverse = tl.full([BLOCK_M], 1.0, tl.float32)
             else:
@@ -229,4 +230,4 @@ def forward_kernel(
     position = tl.load(p_tile + Q_TILE_POSITION)
     m_m = o_m < tl.load(p_tile + Q_TILE_COUNT)
     q_tokens = block_tokens(p_tokens, position, o_m, m_m, CONTIGUOUS)
-    store_rows(gather_pointers(p_out, stride_on, q_tokens, o_d), b_out, m_m, o_d, HEAD_DIM, D)
+    store_rows(row_pointers(p_out, stride_on, q_tokens, o_d), b_out, m_m, o_d, HEAD_DIM, D)

@@ -16,7 +16,13 @@ from canvas_engineering.kernels.triton.backward import (
     delta_kernel,
 )
 from canvas_engineering.kernels.triton.config import KernelConfig, forget_tables, kernel_config
-from canvas_engineering.kernels.triton.constants import Variant, delta_constants, kernel_constants
+from canvas_engineering.kernels.triton.constants import (
+    SMALL_KERNEL,
+    Variant,
+    compile_options,
+    delta_constants,
+    kernel_constants,
+)
 from canvas_engineering.kernels.triton.forward import forward_kernel
 
 LOG2E = math.log2(math.e)
@@ -174,8 +180,7 @@ def forward(
         plan.num_sets,
         *options.numbers,
         **kernel_constants("forward", variant, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **compile_options(config),
     )
 
 
@@ -227,7 +232,7 @@ def delta(
         num_q,
         plan.num_sets,
         **constants,
-        num_warps=4,
+        **compile_options(SMALL_KERNEL),
     )
 
 
@@ -277,8 +282,7 @@ def backward_q(
         options.scale,
         *options.numbers,
         **kernel_constants("backward_q", variant, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **compile_options(config),
     )
 
 
@@ -329,8 +333,7 @@ def backward_kv(
         options.scale,
         *options.numbers,
         **kernel_constants("backward_kv", variant, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **compile_options(config),
     )
 
 
@@ -339,5 +342,7 @@ def without_dead_sets(plan: Plan) -> Plan:
     alive = (plan.row_weight != 0).any(dim=1).to(torch.int32)
     columns = plan.columns.clone()
     if plan.kv_tiles and plan.num_sets:
-        compact_kernel[(plan.kv_tiles,)](plan.columns, alive, columns, plan.kv_tiles, BLOCK=128, num_warps=4)
+        compact_kernel[(plan.kv_tiles,)](
+            plan.columns, alive, columns, plan.kv_tiles, BLOCK=128, **compile_options(SMALL_KERNEL)
+        )
     return replace(plan, columns=columns)

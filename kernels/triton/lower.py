@@ -146,9 +146,7 @@ def pack_columns(plan: BlockSparsePlan) -> NDArray[np.int32]:
                 layout.KV_TILE_LAST_ENTRY: seen.entry_ptr[1:][work],
             },
         ),
-        _entries(
-            q_position[seen.entry_q], plan.q_count[seen.entry_q], _entry_masks(plan)[seen.entry], seen.entry_set
-        ),
+        _entries(q_position[seen.entry_q], plan.q_count[seen.entry_q], _entry_masks(plan)[seen.entry], seen.entry_set),
     )
 
 

@@ -2,13 +2,12 @@
 
 Functional, with the plan flattened to tensors and numbers. Fake, autograd and vmap rules are registered, so the
 operators work under ``torch.compile(fullgraph=True)``, ``torch.func`` and CUDA-graph capture. The backward is an
-operator of its own; a second derivative is refused by PyTorch with its name.
+operator of its own, without a derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def _outputs(
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    plan, options, (save, return_lse, own_weight) = _plan_and_options(arguments)
+    plan, options, (save, return_lse, _) = _plan_and_options(arguments)
     out, lse, set_out = _outputs(q, k, v, *arguments)
     with launch.on_device(q):
         launch.forward(
@@ -180,7 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 
 
 def _autograd(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, _: torch.Tensor | None
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     out, lse, set_out, *tensors = ctx.saved_tensors
     saved, numbers = iter(tensors), iter(ctx.numbers)
@@ -194,7 +193,8 @@ def _autograd(
             f"{FORWARD} was called with save={save}, which does not keep what these gradients need; "
             f"call block_sparse_attention, which chooses save by what requires a gradient"
         )
-    grads = torch.ops.canvas_engineering.block_sparse_attention_backward(
+    operator: Any = torch.ops.canvas_engineering.block_sparse_attention_backward
+    grads = (operator if torch.compiler.is_compiling() else BlockSparseAttentionBackward.apply)(
         torch.zeros_like(out) if grad_out is None else grad_out,
         grad_lse,
         *inputs[:3],
@@ -211,6 +211,47 @@ def _autograd(
     for place, grad, need in zip((0, 1, 2, weight_place), grads, needs, strict=True):
         result[place] = grad if need else None
     return tuple(result)
+
+
+class BlockSparseAttention(torch.autograd.Function):
+    """The forward operator with the same gradients, in the form that ``torch.func`` transforms understand."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensors:
+        result: Tensors = torch.ops.canvas_engineering.block_sparse_attention(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return _autograd(ctx, *grads)
+
+
+class BlockSparseAttentionBackward(torch.autograd.Function):
+    """The backward operator, refusing to be differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensors:
+        result: Tensors = torch.ops.canvas_engineering.block_sparse_attention_backward(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        raise NotImplementedError(
+            "block_sparse_attention on the triton backend has first derivatives only; "
+            "use backend='portable' for gradients of gradients"
+        )
 
 
 # -- vmap ---------------------------------------------------------------------------------------------------

@@ -32,18 +32,11 @@ def block_tokens(p_tokens, position, offsets, inside, CONTIGUOUS: tl.constexpr):
 
 
 @triton.jit
-def slice_pointers(base, stride, position, offsets, o_d):
-    """Pointers ``[rows, D]`` to a block of consecutive tokens.
+def row_pointers(base, stride, tokens, o_d):
+    """Pointers ``[rows, D]`` to the rows of tokens, with 64-bit arithmetic.
 
-    The tile's start is a 64-bit scalar, and the tensor part, the same for every tile, leaves the loop. It is
-    32-bit: the host keeps the rows of a tile within that.
+    Also in loops over tiles of consecutive tokens: offsets that do not change would be kept in registers.
     """
-    return base + position.to(tl.int64) * stride + (offsets * stride)[:, None] + o_d[None, :]
-
-
-@triton.jit
-def gather_pointers(base, stride, tokens, o_d):
-    """Pointers ``[rows, D]`` to the rows of any tokens."""
     return base + (tokens.to(tl.int64) * stride)[:, None] + o_d[None, :]
 
 
