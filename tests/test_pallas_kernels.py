@@ -14,6 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equivalence.backends import PALLAS, Backend
+from equivalence.build import plan_from_dense
+from equivalence.cases import BY_NAME, make_inputs
+from equivalence.tolerance import Options, assert_close, round_inputs
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -23,10 +27,6 @@ from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.pallas import lowering
 from canvas_engineering.kernels.pallas.attention import plan_attention
 from canvas_engineering.plan import BlockSparsePlan
-from equivalence.backends import PALLAS, Backend
-from equivalence.build import plan_from_dense
-from equivalence.cases import BY_NAME, make_inputs
-from equivalence.tolerance import Options, assert_close, round_inputs
 
 
 def two_sets(block_q: int = 16) -> BlockSparsePlan:

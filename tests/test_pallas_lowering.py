@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from equivalence.build import plan_from_dense
+from equivalence.cases import CASES, Case
 from hypothesis import given, settings, strategies as st
 
 from canvas_engineering.errors import PlanError
@@ -22,8 +24,6 @@ from canvas_engineering.kernels.pallas.lowering import (
 )
 from canvas_engineering.kernels.pallas.tiles import padded_head_dim, recommended_tiles, tile_problems, vmem_bytes
 from canvas_engineering.plan import BlockSparsePlan
-from equivalence.build import plan_from_dense
-from equivalence.cases import CASES, Case
 
 
 def decode(words: tuple[np.ndarray, ...], form: lowering.ListFormat) -> list[dict[str, int]]:

@@ -119,7 +119,7 @@ def _put(x: Array, values: Array, access: Access, replace: bool = False) -> Arra
         target = x.at[:, access.run[0] : access.run[0] + count * length]
     else:
         target = x.at[:, access.index.ravel()]
-    unique = access.assign or np.bincount(access.index.ravel()).max() == 1
+    unique = access.assign or bool(np.bincount(access.index.ravel()).max() == 1)
     if replace or access.assign:
         return target.set(flat, mode="promise_in_bounds", unique_indices=unique)
     return target.add(flat, mode="promise_in_bounds", unique_indices=unique)
