@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from canvas_engineering import __version__
-from canvas_engineering.cli import doctor, plan, run
+from canvas_engineering.cli import bench, compile as compile_command, doctor, plan, run
 from canvas_engineering.errors import CanvasError, MissingDependencyError
 
-COMMANDS = (doctor, plan, run)
+COMMANDS = (doctor, plan, run, compile_command, bench)
 
 EPILOG = """examples:
   canvas-engineering doctor
   canvas-engineering plan examples/canvases/robot.json --png plan.png
   canvas-engineering run examples/canvases/computer_use.json --out result
+  canvas-engineering compile --backend triton --target sm_90 --plan examples/canvases/robot.json
 
 exit status:
   0 done, 1 done and the answer is "no" (a result differs, nothing can run here), 2 refused input
