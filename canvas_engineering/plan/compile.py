@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,11 @@ from canvas_engineering.groups import (
     with_pattern,
 )
 from canvas_engineering.plan.assemble import assemble, normalized
+from canvas_engineering.plan.atoms import Atoms
 from canvas_engineering.plan.auto import AUTO_TILES, TileTable, choose, tile_table
 from canvas_engineering.plan.parts import Parts, make_parts
 from canvas_engineering.plan.plan import BlockSize, BlockSparsePlan, Softmax
-from canvas_engineering.plan.tiling import Order, OrderName, order_atoms, spatial_ranks
+from canvas_engineering.plan.tiling import Order, OrderName, frames_of_small_runs, order_atoms, spatial_ranks
 
 if TYPE_CHECKING:
     from canvas_engineering.canvas import CanvasLayout
@@ -188,11 +189,9 @@ def _orders(
 ) -> Iterator[tuple[Order, Order]]:
     """Candidate (query order, key order) pairs."""
     if keep_order:
-        q_order, kv_order = (
-            Order(np.arange(atoms.of_token.size), *_runs(atoms.of_token, atoms.kind), "given")
-            for atoms in (parts.q_atoms, parts.kv_atoms)
-        )
-        yield q_order, kv_order
+        for group_runs in (None, frames_of_small_runs):
+            q_order, kv_order = (_given_order(atoms, group_runs) for atoms in (parts.q_atoms, parts.kv_atoms))
+            yield q_order, kv_order
         return
     inner_candidates: list[tuple[Ranks | None, Ranks | None]] = [(None, None)]
     if grid is not None:
@@ -207,12 +206,14 @@ def _orders(
             yield q_order, q_order if same_tokens else order_atoms(parts.kv_atoms, name, kv_inner)
 
 
-def _runs(of_token: NDArray[np.int64], kind: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sizes and kinds of the maximal runs of equal atoms in a sequence of tokens."""
-    if of_token.size == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], of_token[1:] != of_token[:-1]]))
-    return np.diff(np.append(starts, of_token.size)), kind[of_token[starts]]
+def _given_order(atoms: Atoms, group_runs: Callable[[Ranks, Ranks], Ranks] | None) -> Order:
+    """The tokens as they are numbered; runs are the maximal stretches of one atom, grouped by kind by default."""
+    of_token = atoms.of_token
+    starts = np.flatnonzero(np.concatenate([[True], of_token[1:] != of_token[:-1]])) if of_token.size else of_token
+    sizes = np.diff(np.append(starts, of_token.size))
+    kinds = atoms.kind[of_token[starts]]
+    groups = kinds if group_runs is None else group_runs(sizes, kinds)
+    return Order(np.arange(of_token.size), sizes, groups, "given")
 
 
 def _spatial_orders(

@@ -88,6 +88,29 @@ def _turns(kind: NDArray[np.int64]) -> NDArray[np.int64]:
     return turn
 
 
+def frames_of_small_runs(sizes: Tokens, kinds: Tokens) -> Tokens:
+    """Groups of the runs of a given sequence that find the frames of a ``"mixed"`` order again.
+
+    Small runs that follow one another share a group until a kind comes back, which is where the next frame begins.
+
+    Args:
+        sizes, kinds: ``(runs,)`` length and kind of each run; kind -1 for unused tokens.
+    """
+    groups = kinds.copy()
+    seen: set[int] = set()
+    new_group = int(kinds.max(initial=0))
+    for i, (size, kind) in enumerate(zip(sizes.tolist(), kinds.tolist(), strict=True)):
+        if kind < 0 or size >= _SMALL_ATOM:
+            seen.clear()
+            continue
+        if not seen or kind in seen:
+            seen.clear()
+            new_group += 1
+        seen.add(kind)
+        groups[i] = new_group
+    return groups
+
+
 def tile_order(order: Order, block: int, align: float) -> Tiling:
     """Cut an order into tiles.
 
