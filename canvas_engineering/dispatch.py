@@ -24,8 +24,9 @@ from canvas_engineering.attention.key_pattern import KeyRanges  # noqa: E402
 from canvas_engineering.attention.patterned import LocalAttention, MixtureAttention, RandomFixedAttention  # noqa: E402
 from canvas_engineering.attention.registry import is_plan_capable  # noqa: E402
 from canvas_engineering.nn.identity import SlotBindingModule  # noqa: E402
-from canvas_engineering.routing.edges import Edge, active_edges, resolve_edges  # noqa: E402
+from canvas_engineering.routing.edges import active_edges, resolve_edges  # noqa: E402
 from canvas_engineering.routing.explain import Explanation, explain  # noqa: E402
+from canvas_engineering.routing.names import gate_names, slot_names  # noqa: E402
 from canvas_engineering.routing.schedule import (  # noqa: E402
     FunctionTraits,
     Schedule,
@@ -130,12 +131,12 @@ class AttentionDispatcher(nn.Module):
                 for fn in dict.fromkeys(edge.fn for edge in self.edges)
             }
         )
-        self._gate_names = _gate_names(self.edges)
+        self._gate_names = gate_names(self.edges)
         if self._gate_names:  # only then: checkpoints without gates keep their keys
             self.gates = nn.ParameterDict(
                 {name: nn.Parameter(torch.zeros(())) for name in dict.fromkeys(self._gate_names.values())}
             )
-        self._slot_names = {edge.dst: _parameter_name(edge.dst) for edge in self.edges if edge.slots}
+        self._slot_names = slot_names(self.edges)
         if self._slot_names and program is not None:
             self.slot_modules = nn.ModuleDict(
                 {name: self._slot_module(program, dst) for dst, name in self._slot_names.items()}
@@ -334,17 +335,3 @@ def _group_pattern(module: LocalAttention | RandomFixedAttention, rows: int, col
     if isinstance(pattern, KeyRanges):
         return key_pattern(pattern.lo, pattern.hi, cols)
     return index_pattern(pattern.index, cols)
-
-
-def _parameter_name(name: str) -> str:
-    """A region's name as part of a parameter's name, which may hold no dot."""
-    return name.replace("~", "~0").replace(".", "~1")
-
-
-def _gate_names(edges: list[Edge]) -> dict[int, str]:
-    """Index of each gating edge to the name of its gate, one per (src, dst, function)."""
-    return {
-        i: _parameter_name(f"{edge.src}->{edge.dst}:{edge.fn}")
-        for i, edge in enumerate(edges)
-        if edge.write_mode == "gate"
-    }
