@@ -40,6 +40,9 @@ from canvas_engineering.kernels.triton.constants import Variant
 SOURCE = "ahead-of-time compilation: no spilled registers, fits the shared memory"
 #: Shared memory of the smallest GPU that a table serves; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SMALLEST_SHARED_MEMORY = {"sm_80": 101_376}
+#: Accumulators and products of a step, in 32-bit registers per thread: every configuration seen above this spills its
+#: 255 registers, where these are not in tensor memory (sm_100) or in registers of their own (AMD).
+HOPELESS_REGISTERS = 190
 #: Above this many bytes of stack a shorter pipeline does not bring everything into registers.
 HOPELESS_STACK = 64
 
@@ -87,9 +90,9 @@ def compiled(key: Key, config: KernelConfig, variant: Variant, target: str) -> a
 
 
 def problem(key: Key, report: aot.KernelReport, target: str) -> str:
-    """What speaks against a compiled kernel; empty if nothing. Small blocks have to fit twice."""
+    """What speaks against a compiled kernel; empty if nothing. Two programs with small blocks have to fit at once."""
     limit = SMALLEST_SHARED_MEMORY.get(target, report.shared_limit)
-    if key.own_block < 128 and key.dtype != "float32":
+    if key.own_block < 128 and key.head_dim < 256 and key.dtype != "float32":
         limit //= 2
     if report.stack_bytes:
         return f"stack {report.stack_bytes}"
@@ -100,6 +103,14 @@ def problem(key: Key, report: aot.KernelReport, target: str) -> str:
     if key.dtype != "float32" and key.own_block >= 64 and report.wgmma == 0:
         return f"no {report.instruction}"
     return ""
+
+
+def accumulator_registers(key: Key, config: KernelConfig) -> float:
+    """32-bit registers per thread for what a program adds up, and for the products of one step."""
+    accumulators = {"forward": 2 if key.sets == "many" else 1, "backward_q": 1, "backward_kv": 2}[key.kernel]
+    products = 1 if key.kernel == "forward" else 2
+    columns = accumulators * key.head_dim + products * config.other_block(key.kernel)
+    return key.own_block * columns / (32 * config.num_warps)
 
 
 def choose(key: Key, target: str, known: dict[Key, KernelConfig]) -> KernelConfig | None:
@@ -113,6 +124,8 @@ def choose(key: Key, target: str, known: dict[Key, KernelConfig]) -> KernelConfi
     for config in tried:
         blocks = (config.block_m, config.block_n, config.num_warps)
         if blocks in hopeless:
+            continue
+        if target in ("sm_80", "sm_90") and accumulator_registers(key, config) > HOPELESS_REGISTERS:
             continue
         for variant in hardest_variants(key, config):
             report = compiled(key, config, variant, target)

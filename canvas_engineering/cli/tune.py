@@ -16,7 +16,6 @@ from canvas_engineering.kernels.triton import tune
 from canvas_engineering.kernels.triton.config import (
     ARCHITECTURES,
     HEAD_DIMS,
-    Tile,
     table_dtype,
     table_head_dim,
     tuned_table_path,
@@ -280,10 +279,11 @@ def text(found: Mapping[str, Any]) -> str:
             for one in found["entries"]
         ]
         lines += [table(("entry", "block", "warps", "stages", "time", "against shipped"), rows), ""]
-    best = {
-        (one["head_dim"], one["dtype"]): Tile(*list(one.values())[:4]) for one in found["tiles"] if one["speed"] == 1
-    }
-    lines += [f"fastest tile of plans, {t.head_dim} {t.dtype}: {t.block_q} x {t.block_kv}" for t in best.values()]
+    fastest = [one for one in found["tiles"] if one["speed"] == 1]
+    lines += [
+        f"fastest tile of plans, {one['head_dim']} {one['dtype']}: {one['block_q']} x {one['block_kv']}"
+        for one in fastest
+    ]
     skipped = sum(found["skipped"].values())
     why = "".join(f"; {count} x {reason}" for reason, count in sorted(found["skipped"].items()))
     lines.append(f"{found['device']}: {found['measured']:,} candidates measured, {skipped:,} skipped{why}")

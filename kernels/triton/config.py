@@ -248,9 +248,16 @@ def shipped_table(architecture: str) -> Table:
 
 @cache
 def tuned_table(device_name: str) -> Table | None:
-    """What ``canvas-engineering tune`` measured on this kind of device, if it ran."""
+    """What ``canvas-engineering tune`` measured on this kind of device, if it ran.
+
+    Raises:
+        BackendError: Its file is no table.
+    """
     path = tuned_table_path(device_name)
-    return read_table(path) if path.exists() else None
+    try:
+        return read_table(path) if path.exists() else None
+    except BackendError as error:
+        raise BackendError(f"{error}; delete it or tune again") from error
 
 
 def forget_tables() -> None:

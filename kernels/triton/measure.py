@@ -48,7 +48,7 @@ def gpu_timer(call: Callable[[], None]) -> float:
     """Median seconds on the GPU, by events, with a cold L2 cache."""
     from triton.testing import do_bench
 
-    milliseconds: float = do_bench(call, warmup=10, rep=50, return_mode="median")
+    milliseconds: float = do_bench(call, warmup=25, rep=100, return_mode="median")
     return milliseconds / 1e3
 
 
