@@ -94,15 +94,17 @@ def pallas_report(args: argparse.Namespace) -> dict[str, Any]:
 
 def triton_text(report: dict[str, Any]) -> str:
     """The report for people: one row per kernel, then the answer."""
-    instruction = report["kernels"][0]["instruction"]
-    header = ("kernel", "registers", "stack", "shared memory", instruction, "tile", "block", "warps", "stages")
+    # Beside its own instruction a target has the older mma, for small blocks.
+    instructions = list(dict.fromkeys([report["kernels"][0]["instruction"], "mma"]))
+    count = {instruction: "mma" if instruction == "mma" else "wgmma" for instruction in instructions}
+    header = ("kernel", "registers", "stack", "shared memory", *count, "tile", "block", "warps", "stages")
     rows = [
         (
             one["name"],
             str(one["registers"]),
             f"{one['stack_bytes']:,} B",
             f"{one['shared_bytes']:,} of {one['shared_limit']:,} B",
-            str(one["wgmma"]),
+            *(str(one[name]) for name in count.values()),
             f"{one['block_q']} x {one['block_kv']}",
             f"{one['block_m']} x {one['block_n']}" if one["block_n"] else str(one["block_m"]),
             str(one["num_warps"]),

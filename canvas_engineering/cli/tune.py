@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from canvas_engineering import __version__
 from canvas_engineering._optional import require
 from canvas_engineering.cli.compare import MAX_ERROR_FACTOR
-from canvas_engineering.cli.output import print_json, seconds, table
+from canvas_engineering.cli.output import print_json, seconds, table, writable_folder
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import tune
 from canvas_engineering.kernels.triton.config import (
@@ -109,6 +109,10 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(args, head_dims, dtypes)
     gpu = find_gpu(args.device)
+    if args.export is not None:
+        writable_folder(args.export.parent)
+        if args.export.is_dir():
+            raise BackendError(f"--export must name a file, got the folder {args.export}")
     tqdm = require("tqdm", "triton", "tune").tqdm
     jobs = tune.make_jobs(gpu.architecture, head_dims, dtypes)
     measured = tune.resume(tuned_table_path(gpu.name), gpu.architecture, source(gpu.name), again=args.again)

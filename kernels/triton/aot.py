@@ -58,6 +58,7 @@ class KernelReport:
         tensor_columns: Of tensor memory, which sm_100 has; 512 are there.
         instruction: The target's tensor-core instruction: wgmma, mma, tcgen05 or mfma.
         wgmma: How many of these the code holds; 0 in kernels that multiply no matrices, and for float32.
+        mma: The same for the older instruction, which sm_90 and sm_100 take for blocks of fewer than 64 rows.
         block_q, block_kv: The plan's tile.
         block_m, block_n: The part of it that one step computes.
         num_warps, num_stages: As compiled.
@@ -71,6 +72,7 @@ class KernelReport:
     tensor_columns: int
     instruction: str
     wgmma: int
+    mma: int
     block_q: int
     block_kv: int
     block_m: int
@@ -183,6 +185,7 @@ def report(kernel: str, variant: Variant, dtype: str, target: str, config: Kerne
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         instruction=instruction,
         wgmma=len(re.findall(_INSTRUCTION_PATTERN[instruction], code)),
+        mma=len(re.findall(_INSTRUCTION_PATTERN["mma"], code)),
         block_q=variant.block_q,
         block_kv=variant.block_kv,
         block_m=config.block_m,

@@ -39,9 +39,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHIPPED = Path(__file__).parent / "configs"
 
 # The model behind `recommended_tiles` where nothing was measured: the work of one step of a kernel that its fixed
-# costs (index loads, barriers, rescaling) are worth, in pairs, and how fast tensor cores are on blocks of fewer
-# rows than their widest instruction takes.
+# costs (index loads, barriers, rescaling) are worth, in pairs; the matrix products of each kernel; and how fast
+# tensor cores are on blocks of fewer rows than their widest instruction takes.
 STEP_OVERHEAD_PAIRS = 1024
+PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
 FULL_RATE_ROWS = 64
 NARROW_RATE = 0.6
 
@@ -201,17 +202,26 @@ def recommended_tiles(
         }
         if measured:
             return measured
-    speeds = {}
-    for block_q in OWN_BLOCKS:
-        for block_kv in OWN_BLOCKS:
-            config = kernel_config(
-                architecture, "forward", head_dim, dtype, many_sets=True, block_q=block_q, block_kv=block_kv
-            )
-            pairs = config.block_m * config.block_n
-            rate = 1.0 if config.block_m >= FULL_RATE_ROWS else NARROW_RATE
-            speeds[block_q, block_kv] = rate * pairs / (pairs + STEP_OVERHEAD_PAIRS)
-    best = max(speeds.values())
-    return {tile: speed / best for tile, speed in speeds.items()}
+    seconds = {
+        (block_q, block_kv): _modelled_time(architecture, head_dim, dtype, block_q, block_kv)
+        for block_q in OWN_BLOCKS
+        for block_kv in OWN_BLOCKS
+    }
+    best = min(seconds.values())
+    return {tile: best / value for tile, value in seconds.items()}
+
+
+def _modelled_time(architecture: str, head_dim: int, dtype: str, block_q: int, block_kv: int) -> float:
+    """Relative time of one pair in forward and backward pass."""
+    time = 0.0
+    for kernel, products in PRODUCTS.items():
+        config = kernel_config(
+            architecture, kernel, head_dim, dtype, many_sets=True, block_q=block_q, block_kv=block_kv
+        )
+        pairs = config.block_m * config.block_n
+        rate = 1.0 if config.own_block(kernel) >= FULL_RATE_ROWS else NARROW_RATE
+        time += products / rate * (1 + STEP_OVERHEAD_PAIRS / pairs)
+    return time
 
 
 def table_dtype(dtype: str) -> str:
