@@ -1,12 +1,15 @@
 """Choose the block sizes that the package ships for the Triton kernels, from what the compiler says; no GPU needed.
 
-    python bench/triton_table.py sm_90 [--head-dim 128] [--dtype float16] [--kernel forward] [--again]
+    python bench/triton_table.py sm_90 [--head-dim 128] [--dtype float16] [--kernel forward] [--like sm_80]
+    python bench/triton_table.py sm_90 --repair
     python bench/triton_table.py sm_90 --check
 
 For every entry of a table the candidates are tried, best guess first. The first one wins that keeps everything in
 registers (stack 0) in the variants of the kernel that take the most registers, fits the target's shared memory, and
-uses its tensor cores. The table is written after every entry, and entries that it holds are kept unless ``--again``
-is given, so an interrupted run goes on where it stopped. ``--check`` compiles every entry in every variant.
+uses its tensor cores. The table is written after every entry, and entries that it holds are kept, so an interrupted
+run goes on where it stopped; ``--repair`` keeps only those that still suit, as after a change of the kernels or of the
+compiler, and ``--again`` none. ``--like`` tries the entries of another table first. ``--check`` compiles every entry
+in every variant.
 ``canvas-engineering tune`` measures on a real GPU; this is what those without a measurement get.
 """
 
@@ -50,9 +53,16 @@ HOPELESS_STACK = 64
 def training(key: Key, config: KernelConfig) -> Variant:
     """The variant that training compiles, with tiles of 128 in the direction that a program loops over."""
     many = key.sets == "many"
-    tiles = {"block_q": config.block_m, "block_kv": config.block_n}
-    tiles["block_q" if key.kernel == "backward_kv" else "block_kv"] = 128
-    return Variant(head_dim=key.head_dim, many_sets=many, store_sets=many, skip_dead=not many, group=4, **tiles)
+    by_keys = key.kernel == "backward_kv"
+    return Variant(
+        head_dim=key.head_dim,
+        block_q=128 if by_keys else config.block_m,
+        block_kv=config.block_n if by_keys else 128,
+        many_sets=many,
+        store_sets=many,
+        skip_dead=not many,
+        group=4,
+    )
 
 
 def hardest_variants(key: Key, config: KernelConfig) -> Iterator[Variant]:
@@ -72,9 +82,8 @@ def all_variants(key: Key, config: KernelConfig) -> Iterator[Variant]:
     yield replace(base, sigmoid=True, store_lse=False)
     yield replace(base, dropout=True)
     yield replace(base, head_dim=key.head_dim * 3 // 4)
-    tile_other = "block_q" if key.kernel == "backward_kv" else "block_kv"
-    yield replace(base, **{tile_other: 16})
-    yield replace(base, **{tile_other: 120})  # a block beyond the end of the tile
+    for tile in (16, 120):  # a small block, and one that reaches beyond the end of its tile
+        yield replace(base, block_q=tile) if key.kernel == "backward_kv" else replace(base, block_kv=tile)
     if key.sets == "one" and key.kernel == "backward_q":
         yield replace(base, grad_lse=True)
     if key.dtype == "float32":
@@ -113,13 +122,9 @@ def accumulator_registers(key: Key, config: KernelConfig) -> float:
     return key.own_block * columns / (32 * config.num_warps)
 
 
-def choose(key: Key, target: str, known: dict[Key, KernelConfig]) -> KernelConfig | None:
-    """The first candidate that suits, or None: then a smaller block serves in its place."""
-    tried = list(candidates(key, target))
-    # Only the forward kernel holds something per softmax set, so the others take what several sets took.
-    sibling = known.get(key._replace(sets="many"))
-    if key.sets == "one" and key.kernel != "forward" and sibling is not None:
-        tried = [sibling, *tried]
+def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | None:
+    """The first candidate that suits, or None: then a smaller block serves in its place. ``first`` are tried first."""
+    tried = dict.fromkeys([*first, *candidates(key, target)])
     hopeless: set[tuple[int, int, int]] = set()
     for config in tried:
         blocks = (config.block_m, config.block_n, config.num_warps)
@@ -127,35 +132,53 @@ def choose(key: Key, target: str, known: dict[Key, KernelConfig]) -> KernelConfi
             continue
         if target in ("sm_80", "sm_90") and accumulator_registers(key, config) > HOPELESS_REGISTERS:
             continue
-        for variant in hardest_variants(key, config):
-            report = compiled(key, config, variant, target)
-            found = problem(key, report, target)
-            if found:
-                if report.stack_bytes > HOPELESS_STACK:
-                    hopeless.add(blocks)
-                break
-        else:
+        failing = first_failing(key, config, target)
+        if failing is None:
             return config
+        if failing.stack_bytes > HOPELESS_STACK:
+            hopeless.add(blocks)
     return None
 
 
-def generate(target: str, keys: list[Key], *, again: bool) -> int:
-    """Choose the entries and write them; returns how many have no configuration."""
+def first_failing(key: Key, config: KernelConfig, target: str) -> aot.KernelReport | None:
+    """The report of the first of the hardest variants that has something against it; None if none has."""
+    for variant in hardest_variants(key, config):
+        report = compiled(key, config, variant, target)
+        if problem(key, report, target):
+            return report
+    return None
+
+
+def generate(target: str, keys: list[Key], keep: str, like: dict[Key, KernelConfig]) -> None:
+    """Choose the entries and write them.
+
+    Args:
+        target: Whose table.
+        keys: Which entries.
+        keep: Which of those that are there stay: ``"all"``, those that are still ``"sound"``, or ``"none"``.
+        like: Entries of another table, to be tried first.
+    """
     path = SHIPPED / f"{target}.json"
     kernels = read_table(path).kernels if path.exists() else {}
-    missing = 0
     for key in tqdm(keys, desc=target, unit="entry"):
-        if key in kernels and not again:
+        known = kernels.get(key)
+        if known is not None and keep == "all":
             continue
-        found = choose(key, target, kernels)
-        kernels.pop(key, None)
-        if found is None:
-            missing += 1
+        if known is not None and keep == "sound" and first_failing(key, known, target) is None:
+            continue
+        first = [like[key]] if key in like else []
+        # Only the forward kernel holds something per softmax set: the others take what several sets took, or nothing.
+        sibling = kernels.get(key._replace(sets="many"))
+        if key.sets == "many" or key.kernel == "forward":
+            found = choose(key, target, first)
         else:
+            found = None if sibling is None else choose(key, target, [sibling, *first])
+        if found is not None:
             kernels[key] = found
-            write_table(path, Table(target, SOURCE, kernels))
+        else:
+            kernels.pop(key, None)
+        write_table(path, Table(target, SOURCE, kernels))
         tqdm.write(f"{target} {' '.join(map(str, key))}: {found or 'no configuration without spills'}")
-    return missing
 
 
 def check(target: str, keys: list[Key]) -> int:
@@ -178,13 +201,17 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--kernel", choices=KERNELS, action="append")
-    parser.add_argument("--again", action="store_true", help="choose entries anew that the table holds")
-    parser.add_argument("--check", action="store_true", help="compile the shipped entries in every variant instead")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--repair", action="store_true", help="choose entries anew that no longer suit")
+    action.add_argument("--again", action="store_true", help="choose all entries anew")
+    action.add_argument("--check", action="store_true", help="compile the shipped entries in every variant instead")
+    parser.add_argument("--like", choices=ARCHITECTURES, help="try the entries of this table first")
     args = parser.parse_args()
     keys = table_keys(tuple(args.head_dim or HEAD_DIMS), tuple(args.dtype or DTYPES), tuple(args.kernel or KERNELS))
     if args.check:
         return 1 if check(args.target, keys) else 0
-    generate(args.target, keys, again=args.again)
+    like = read_table(SHIPPED / f"{args.like}.json").kernels if args.like else {}
+    generate(args.target, keys, "none" if args.again else "sound" if args.repair else "all", like)
     return 0
 
 

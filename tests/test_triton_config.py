@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from canvas_engineering import AttentionDispatcher, CanvasLayout, CanvasTopology
+from canvas_engineering.cli.main import main
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import config
 from canvas_engineering.kernels.triton.candidates import candidates, table_keys
@@ -342,3 +343,16 @@ def test_with_a_gpu_a_dispatcher_takes_its_tile_sizes(monkeypatch: pytest.Monkey
     assert tile() == tile(backend="triton") == {(64, 32)}
     assert tile(backend="portable") != {(64, 32)}
     assert tile(block_q=128) == {(128, 32)}
+
+
+def test_doctor_names_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    hopper(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["doctor"]) == 0
+    assert "kernel table of cuda:0: shipped for sm_90; `canvas-engineering tune` measures" in capsys.readouterr().out
+    tuned({KEY: FASTER})
+    assert main(["doctor", "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["kernel_tables"]
+    assert line.startswith("cuda:0: 1 entries a test (")
+    assert line.endswith("nvidia-example-100.json), the rest shipped for sm_90")

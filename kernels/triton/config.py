@@ -224,6 +224,19 @@ def _modelled_time(architecture: str, head_dim: int, dtype: str, block_q: int, b
     return time
 
 
+def describe_tables(architecture: str, device_name: str) -> str:
+    """Which tables serve a GPU, in words.
+
+    Raises:
+        BackendError: A file is no table.
+    """
+    tuned = tuned_table(device_name)
+    shipped = f"shipped for {nearest_architecture(architecture)}"
+    if tuned is None:
+        return f"{shipped}; `canvas-engineering tune` measures"
+    return f"{len(tuned.kernels)} entries {tuned.source} ({tuned_table_path(device_name)}), the rest {shipped}"
+
+
 def table_dtype(dtype: str) -> str:
     """The dtype under which a table lists ``dtype``."""
     return "float16" if dtype == "bfloat16" else dtype
