@@ -35,6 +35,7 @@ from canvas_engineering.routing.schedule import (  # noqa: E402
     key_pattern,
 )
 from canvas_engineering.routing.torch_run import DeviceState, run_schedule  # noqa: E402
+from canvas_engineering.routing.torch_tiles import tiles_of  # noqa: E402
 from canvas_engineering.routing.weights import row_weights  # noqa: E402
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class AttentionDispatcher(nn.Module):
                 skip_temporal=self.skip_temporal,
                 block_q=self.block_q,
                 block_kv=self.block_kv,
+                tiles=tiles_of(self.backend, self.d_model // self.n_heads),
             )
             self._schedule_seeds = seeds
             self._states.clear()

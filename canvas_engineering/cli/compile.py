@@ -10,6 +10,8 @@ from canvas_engineering._optional import require
 from canvas_engineering.cli.output import print_json, table
 from canvas_engineering.cli.schema_file import add_plan_arguments, read_schema
 from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.auto import AUTO_TILES, TileTable
+from canvas_engineering.plan.compile import compile_topology
 
 EPILOG = """examples:
   canvas-engineering compile --backend triton --target sm_90 --head-dim 128 --dtype bfloat16
@@ -20,7 +22,9 @@ targets:
   triton: sm_80, sm_90, sm_100 (NVIDIA), gfx942 (AMD)
   pallas: v5e, v5p, v6e, tpu7x (TPU)
 
-exit status: 0 when all kernels compile and fit the target, else 1
+Of a canvas whose tile sizes are auto, the GPU kernels get those that the target's kernel table makes fastest.
+
+exit status: 0 when all kernels compile and fit the target, 1 when one does not, 2 refused input
 """
 
 
@@ -48,38 +52,67 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    plan = None if args.plan is None else read_plan(args)
-    report = compile_report(args.backend, args.target, args.head_dim, args.dtype, plan)
+    report = triton_report(args) if args.backend == "triton" else pallas_report(args)
     if args.json:
         print_json(report)
     else:
-        print(text(report))
+        print(triton_text(report) if args.backend == "triton" else text(report))
     return 0 if report["fits"] else 1
 
 
-def read_plan(args: argparse.Namespace) -> BlockSparsePlan:
-    """The plan in ``args.plan``, or that of the canvas in it."""
+def read_plan(args: argparse.Namespace, tiles: TileTable = AUTO_TILES) -> BlockSparsePlan | None:
+    """The plan in ``args.plan``, or that of the canvas in it with tile sizes from ``tiles``; None without one."""
+    if args.plan is None:
+        return None
     if args.plan.suffix != ".json":
         return BlockSparsePlan.load(args.plan)
     schema, topology = read_schema(args.plan)
-    return BlockSparsePlan.from_topology(
-        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv
+    return compile_topology(
+        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv, tiles=tiles
     )
 
 
-def compile_report(
-    backend: str, target: str, head_dim: int, dtype: str, plan: BlockSparsePlan | None
-) -> dict[str, Any]:
-    """The report of a backend: ``kernels``, a list of one object per kernel; ``fits``; ``sentence``."""
-    if backend == "triton":
-        require("triton", "triton", "compiling for a GPU")
-        from canvas_engineering.kernels.triton import aot
+def triton_report(args: argparse.Namespace) -> dict[str, Any]:
+    """What the Triton kernels take of a GPU: ``kernels``, a list of one object per kernel; ``fits``; ``sentence``."""
+    require("triton", "triton", "compiling for a GPU")
+    from canvas_engineering.kernels.triton import aot
+    from canvas_engineering.kernels.triton.config import recommended_tiles
 
-        return aot.compile_report(target, head_dim, dtype, plan)
+    aot.check_arguments(args.target, args.head_dim, args.dtype)
+    plan = read_plan(args, recommended_tiles(args.target, args.head_dim, args.dtype))
+    return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
+
+
+def pallas_report(args: argparse.Namespace) -> dict[str, Any]:
+    """What the Pallas kernels take of a TPU, in the same form."""
+    plan = read_plan(args)
     require("jax", "tpu", "compiling for a TPU")
-    from canvas_engineering.kernels.pallas import aot as pallas_aot
+    from canvas_engineering.kernels.pallas import aot
 
-    return pallas_aot.compile_report(target, head_dim, dtype, plan)
+    return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
+
+
+def triton_text(report: dict[str, Any]) -> str:
+    """The report for people: one row per kernel, then the answer."""
+    # Beside its own instruction a target has the older mma, for small blocks.
+    instructions = list(dict.fromkeys([report["kernels"][0]["instruction"], "mma"]))
+    count = {instruction: "mma" if instruction == "mma" else "wgmma" for instruction in instructions}
+    header = ("kernel", "registers", "stack", "shared memory", *count, "tile", "block", "warps", "stages")
+    rows = [
+        (
+            one["name"],
+            str(one["registers"]),
+            f"{one['stack_bytes']:,} B",
+            f"{one['shared_bytes']:,} of {one['shared_limit']:,} B",
+            *(str(one[name]) for name in count.values()),
+            f"{one['block_q']} x {one['block_kv']}",
+            f"{one['block_m']} x {one['block_n']}" if one["block_n"] else str(one["block_m"]),
+            str(one["num_warps"]),
+            str(one["num_stages"]),
+        )
+        for one in report["kernels"]
+    ]
+    return f"{table(header, rows)}\n\n{report['sentence']}"
 
 
 def text(report: dict[str, Any]) -> str:

@@ -57,6 +57,26 @@ def jax_devices() -> list[str]:
         return [f"none: {' '.join(str(error).split())}"]
 
 
+def kernel_tables() -> list[str]:
+    """For every GPU the table that its Triton kernels take their block sizes from."""
+    if not installed("torch") or not installed("triton"):
+        return []
+    import torch
+
+    from canvas_engineering.errors import BackendError
+    from canvas_engineering.kernels.triton.config import describe_tables
+    from canvas_engineering.kernels.triton.launch import architecture
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        try:
+            table = describe_tables(architecture(torch.device("cuda", i)), torch.cuda.get_device_name(i))
+        except BackendError as error:  # a broken file in the cache: say so, and show the rest
+            table = str(error)
+        found.append(f"cuda:{i}: {table}")
+    return found
+
+
 def report() -> dict[str, Any]:
     """Everything the command shows."""
     from canvas_engineering import available_backends
@@ -67,6 +87,7 @@ def report() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": package_versions(),
         "devices": {"torch": torch_devices(), "jax": jax_devices()},
+        "kernel_tables": kernel_tables(),
         "backends": {
             name: {"ok": availability.ok, "reason": availability.reason}
             for name, availability in available_backends().items()
@@ -85,6 +106,8 @@ def main(args: argparse.Namespace) -> int:
     print()
     devices = [(framework, "; ".join(names) or "not installed") for framework, names in found["devices"].items()]
     print(table(("framework", "devices"), devices))
+    for one in found["kernel_tables"]:
+        print(f"kernel table of {one}")
     print()
     backends = [(n, "yes" if b["ok"] else "no", b["reason"] or "") for n, b in found["backends"].items()]
     print(table(("backend", "can run", "why"), backends))

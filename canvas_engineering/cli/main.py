@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from canvas_engineering import __version__
-from canvas_engineering.cli import bench, compile as compile_command, doctor, plan, run
+from canvas_engineering.cli import bench, compile as compile_command, doctor, plan, run, tune
 from canvas_engineering.errors import CanvasError, MissingDependencyError
 
-COMMANDS = (doctor, plan, run, compile_command, bench)
+COMMANDS = (doctor, plan, run, compile_command, tune, bench)
 
 EPILOG = """examples:
   canvas-engineering doctor

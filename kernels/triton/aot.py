@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import config as table
@@ -29,6 +30,8 @@ from canvas_engineering.plan import BlockSparsePlan
 
 #: Shared memory that one program may use, in bytes.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+#: Columns of tensor memory of an sm_100 multiprocessor.
+TENSOR_COLUMNS = 512
 TENSOR_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _INSTRUCTION_PATTERN = {
     "mma": r"\bmma\.sync",
@@ -52,8 +55,10 @@ class KernelReport:
         stack_bytes: Per thread; anything but 0 is spilled registers or a local array.
         shared_bytes: Per program.
         shared_limit: Of the target.
+        tensor_columns: Of tensor memory, which sm_100 has; 512 are there.
         instruction: The target's tensor-core instruction: wgmma, mma, tcgen05 or mfma.
         wgmma: How many of these the code holds; 0 in kernels that multiply no matrices, and for float32.
+        mma: The same for the older instruction, which sm_90 and sm_100 take for blocks of fewer than 64 rows.
         block_q, block_kv: The plan's tile.
         block_m, block_n: The part of it that one step computes.
         num_warps, num_stages: As compiled.
@@ -64,8 +69,10 @@ class KernelReport:
     stack_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_columns: int
     instruction: str
     wgmma: int
+    mma: int
     block_q: int
     block_kv: int
     block_m: int
@@ -90,11 +97,7 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
     Raises:
         BackendError: An argument is not one of those above, or the process interprets its kernels.
     """
-    gpu_target(target)
-    if dtype not in _POINTER:
-        raise BackendError(f"dtype must be one of {', '.join(_POINTER)}, got {dtype!r}")
-    if not 8 <= head_dim <= 256:
-        raise BackendError(f"head_dim must be from 8 to 256, got {head_dim}")
+    check_arguments(target, head_dim, dtype)
     variant = Variant(
         head_dim=head_dim,
         block_q=plan.block_q if plan is not None else 128,
@@ -123,6 +126,28 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
     }
 
 
+def check_arguments(target: str, head_dim: int, dtype: str) -> None:
+    """Refuse what :func:`compile_report` refuses.
+
+    Raises:
+        BackendError: See there.
+    """
+    gpu_target(target)
+    if dtype not in _POINTER:
+        raise BackendError(f"dtype must be one of {', '.join(_POINTER)}, got {dtype!r}")
+    if not 8 <= head_dim <= 256:
+        raise BackendError(f"head_dim must be from 8 to 256, got {head_dim}")
+    _refuse_interpreter(forward_kernel)
+
+
+def _refuse_interpreter(kernel: Any) -> None:
+    if not hasattr(kernel, "cache_key"):
+        raise BackendError(
+            "compiling needs a process that does not interpret its kernels: unset TRITON_INTERPRET, got "
+            "TRITON_INTERPRET=1"
+        )
+
+
 def report(kernel: str, variant: Variant, dtype: str, target: str, config: KernelConfig | None = None) -> KernelReport:
     """Compile one kernel (``"delta"`` or one of ``config.KERNELS``), in its shipped configuration by default."""
     if kernel == "delta":
@@ -140,6 +165,7 @@ def report(kernel: str, variant: Variant, dtype: str, target: str, config: Kerne
                 block_q=variant.block_q,
                 block_kv=variant.block_kv,
                 dropout=variant.dropout,
+                contiguous=variant.contiguous,
             )
         functions = {
             "forward": forward_kernel,
@@ -156,8 +182,10 @@ def report(kernel: str, variant: Variant, dtype: str, target: str, config: Kerne
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_MEMORY[target],
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         instruction=instruction,
         wgmma=len(re.findall(_INSTRUCTION_PATTERN[instruction], code)),
+        mma=len(re.findall(_INSTRUCTION_PATTERN["mma"], code)),
         block_q=variant.block_q,
         block_kv=variant.block_kv,
         block_m=config.block_m,
@@ -184,10 +212,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: s
     """The compiled kernel (with ``asm`` and ``metadata``), specialised as for a launch with aligned tensors.
 
     Raises:
-        BackendError: The process interprets its kernels.
+        BackendError: The process interprets its kernels, or the compiler fails.
     """
-    if not hasattr(kernel, "cache_key"):
-        raise BackendError("kernels cannot be compiled in a process that interprets them (TRITON_INTERPRET=1)")
+    _refuse_interpreter(kernel)
     signature: dict[str, str] = {}
     aligned: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
@@ -195,7 +222,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: s
         if name not in constants and name.startswith(("p_", "stride_")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=gpu_target(target), options=compile_options(config))
+    try:
+        return triton.compile(source, target=gpu_target(target), options=compile_options(config))
+    except (TritonError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
+        raise BackendError(f"{kernel.__name__} does not compile for {target} with {config}: {error}") from error
 
 
 def _argument_type(name: str, dtype: str) -> str:

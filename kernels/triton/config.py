@@ -19,12 +19,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from canvas_engineering._files import atomic_write
 from canvas_engineering.errors import BackendError
 
 FORMAT = 1
@@ -39,9 +39,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHIPPED = Path(__file__).parent / "configs"
 
 # The model behind `recommended_tiles` where nothing was measured: the work of one step of a kernel that its fixed
-# costs (index loads, barriers, rescaling) are worth, in pairs, and how fast tensor cores are on blocks of fewer
-# rows than their widest instruction takes.
+# costs (index loads, barriers, rescaling) are worth, in pairs; the matrix products of each kernel; and how fast
+# tensor cores are on blocks of fewer rows than their widest instruction takes.
 STEP_OVERHEAD_PAIRS = 1024
+PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
 FULL_RATE_ROWS = 64
 NARROW_RATE = 0.6
 
@@ -65,9 +66,19 @@ class KernelConfig:
     num_warps: int
     num_stages: int
 
+    @classmethod
+    def of(cls, kernel: str, own_block: int, other_block: int, num_warps: int, num_stages: int) -> KernelConfig:
+        """The configuration in which one program of ``kernel`` owns a block and loops over the other one's."""
+        block_m, block_n = (other_block, own_block) if kernel == "backward_kv" else (own_block, other_block)
+        return cls(block_m, block_n, num_warps, num_stages)
+
     def own_block(self, kernel: str) -> int:
         """The block that one program owns; the other one is what it loops over."""
         return self.block_n if kernel == "backward_kv" else self.block_m
+
+    def other_block(self, kernel: str) -> int:
+        """The block that a program loops over."""
+        return self.block_m if kernel == "backward_kv" else self.block_n
 
 
 class Tile(NamedTuple):
@@ -102,6 +113,7 @@ def kernel_config(
     block_q: int,
     block_kv: int,
     dropout: bool = False,
+    contiguous: bool = True,
     device_name: str | None = None,
 ) -> KernelConfig:
     """The configuration of a kernel for plans of one tile size: blocks divide the tile, or pad it.
@@ -113,26 +125,49 @@ def kernel_config(
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
         many_sets: Whether a row may stand in several softmax sets.
         block_q, block_kv: The plan's tile.
-        dropout: Whether there is dropout. It takes registers, as do head_dims that are no power of two: blocks in
-            the other direction are then half as large.
+        dropout: Whether there is dropout.
+        contiguous: Whether every tile of the plan is a slice of the tokens.
         device_name: Take what ``canvas-engineering tune`` measured on this kind of device, where it did.
+
+    Raises:
+        BackendError: ``head_dim`` is above 256, or no table holds an entry for the call.
     """
     tile_own, tile_other = (block_kv, block_q) if kernel == "backward_kv" else (block_q, block_kv)
     if architecture == "interpreter":
         own = fit_block(OWN_BLOCKS, tile_own)
-        found = KernelConfig(own, own, 4, 1)  # warps and stages mean nothing there
+        found = KernelConfig.of(kernel, own, max(own, 32), 4, 1)  # warps and stages mean nothing there
     else:
+        if not 0 < head_dim <= HEAD_DIMS[-1]:
+            raise BackendError(f"head_dim must be from 1 to {HEAD_DIMS[-1]}, got {head_dim}")
         configs = _own_blocks(shipped_table(architecture), kernel, head_dim, dtype, many_sets)
         if device_name is not None and (tuned := tuned_table(device_name)) is not None:
             configs |= _own_blocks(tuned, kernel, head_dim, dtype, many_sets)
-        own = fit_block(tuple(configs), tile_own)
-        found = configs[own]
-    largest = found.block_m if kernel == "backward_kv" else found.block_n
-    if dropout or head_dim & (head_dim - 1):
-        largest //= 2
-    other = fit_block(tuple(block for block in OWN_BLOCKS if block <= max(largest, 32)), tile_other)
-    block_m, block_n = (other, own) if kernel == "backward_kv" else (own, other)
-    return replace(found, block_m=block_m, block_n=block_n)
+        if not configs:
+            raise BackendError(
+                f"the kernel table of {nearest_architecture(architecture)} must hold an entry for the call, got none "
+                f"for kernel {kernel!r}, head_dim {head_dim}, dtype {dtype}, {'several' if many_sets else 'one'} "
+                f"softmax {'sets' if many_sets else 'set'}"
+            )
+        found = configs[fit_block(tuple(configs), tile_own)]
+    heavy = is_heavy(kernel, head_dim, dropout=dropout, contiguous=contiguous)
+    return fit_config(found, kernel, tile_other, heavy=heavy)
+
+
+def is_heavy(kernel: str, head_dim: int, *, dropout: bool, contiguous: bool) -> bool:
+    """Whether a variant takes more registers than its entry leaves, so that the other block is halved.
+
+    Dropout does, and a head_dim that is no power of two; tokens that are gathered do so only beside the two
+    accumulators of dK and dV.
+    """
+    return dropout or head_dim & (head_dim - 1) != 0 or (kernel == "backward_kv" and not contiguous)
+
+
+def fit_config(config: KernelConfig, kernel: str, tile_other: int, *, heavy: bool) -> KernelConfig:
+    """The configuration with the other block fitted to a tile, and halved for a heavy variant."""
+    least = 16 if kernel == "backward_kv" else 32  # keys come in whole words of a mask
+    largest = max(config.other_block(kernel) // (2 if heavy else 1), least)
+    other = fit_block(tuple(block for block in OWN_BLOCKS if block <= largest), tile_other)
+    return KernelConfig.of(kernel, config.own_block(kernel), other, config.num_warps, config.num_stages)
 
 
 def _own_blocks(table: Table, kernel: str, head_dim: int, dtype: str, many_sets: bool) -> dict[int, KernelConfig]:
@@ -159,26 +194,47 @@ def recommended_tiles(
     is shared by the pairs of its block, and blocks of few rows do not fill the widest tensor-core instructions.
     """
     tuned = tuned_table(device_name) if device_name is not None else None
-    measured = {
-        (tile.block_q, tile.block_kv): speed
-        for table in (tuned, shipped_table(architecture))
-        if table is not None
-        for tile, speed in table.tiles.items()
-        if tile[:2] == (table_head_dim(head_dim), table_dtype(dtype))
+    for table in (tuned, shipped_table(architecture)):
+        measured = {
+            (tile.block_q, tile.block_kv): speed
+            for tile, speed in (table.tiles if table is not None else {}).items()
+            if tile[:2] == (table_head_dim(head_dim), table_dtype(dtype))
+        }
+        if measured:
+            return measured
+    seconds = {
+        (block_q, block_kv): _modelled_time(architecture, head_dim, dtype, block_q, block_kv)
+        for block_q in OWN_BLOCKS
+        for block_kv in OWN_BLOCKS
     }
-    if measured:
-        return measured
-    speeds = {}
-    for block_q in OWN_BLOCKS:
-        for block_kv in OWN_BLOCKS:
-            config = kernel_config(
-                architecture, "forward", head_dim, dtype, many_sets=True, block_q=block_q, block_kv=block_kv
-            )
-            pairs = config.block_m * config.block_n
-            rate = 1.0 if config.block_m >= FULL_RATE_ROWS else NARROW_RATE
-            speeds[block_q, block_kv] = rate * pairs / (pairs + STEP_OVERHEAD_PAIRS)
-    best = max(speeds.values())
-    return {tile: speed / best for tile, speed in speeds.items()}
+    best = min(seconds.values())
+    return {tile: best / value for tile, value in seconds.items()}
+
+
+def _modelled_time(architecture: str, head_dim: int, dtype: str, block_q: int, block_kv: int) -> float:
+    """Relative time of one pair in forward and backward pass."""
+    time = 0.0
+    for kernel, products in PRODUCTS.items():
+        config = kernel_config(
+            architecture, kernel, head_dim, dtype, many_sets=True, block_q=block_q, block_kv=block_kv
+        )
+        pairs = config.block_m * config.block_n
+        rate = 1.0 if config.own_block(kernel) >= FULL_RATE_ROWS else NARROW_RATE
+        time += products / rate * (1 + STEP_OVERHEAD_PAIRS / pairs)
+    return time
+
+
+def describe_tables(architecture: str, device_name: str) -> str:
+    """Which tables serve a GPU, in words.
+
+    Raises:
+        BackendError: A file is no table.
+    """
+    tuned = tuned_table(device_name)
+    shipped = f"shipped for {nearest_architecture(architecture)}"
+    if tuned is None:
+        return f"{shipped}; `canvas-engineering tune` measures"
+    return f"{len(tuned.kernels)} entries {tuned.source} ({tuned_table_path(device_name)}), the rest {shipped}"
 
 
 def table_dtype(dtype: str) -> str:
@@ -215,9 +271,16 @@ def shipped_table(architecture: str) -> Table:
 
 @cache
 def tuned_table(device_name: str) -> Table | None:
-    """What ``canvas-engineering tune`` measured on this kind of device, if it ran."""
+    """What ``canvas-engineering tune`` measured on this kind of device, if it ran.
+
+    Raises:
+        BackendError: Its file is no table.
+    """
     path = tuned_table_path(device_name)
-    return read_table(path) if path.exists() else None
+    try:
+        return read_table(path) if path.exists() else None
+    except BackendError as error:
+        raise BackendError(f"{error}; delete it or tune again") from error
 
 
 def forget_tables() -> None:
@@ -318,7 +381,7 @@ def _number(where: str, row: dict[str, Any], name: str, low: int, high: int, *, 
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write a table file, whole or not at all: to a temporary file in the same folder, which is then renamed.
+    """Write a table file, whole or not at all.
 
     Raises:
         OSError: The path cannot be written.
@@ -335,11 +398,5 @@ def write_table(path: Path, table: Table) -> None:
 
     text = json.dumps(head, indent=2)[:-2] + f',\n  "kernels": {listed(kernels)},\n  "tiles": {listed(tiles)}\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        file.write(text)

@@ -97,6 +97,7 @@ def _config(device: torch.device, kernel: str, dtype: torch.dtype, variant: Vari
         block_q=variant.block_q,
         block_kv=variant.block_kv,
         dropout=variant.dropout,
+        contiguous=variant.contiguous,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     )
 
@@ -144,8 +145,12 @@ def forward(
     lse: torch.Tensor | None,
     set_out: torch.Tensor | None,
     skip_dead: bool,
+    config: KernelConfig | None = None,
 ) -> None:
-    """Write ``out`` ``(B, Hq, Nq, D)`` and, where given, ``lse`` and ``set_out`` (see ``forward_kernel``)."""
+    """Write ``out`` ``(B, Hq, Nq, D)`` and, where given, ``lse`` and ``set_out`` (see ``forward_kernel``).
+
+    ``config`` replaces that of the tables, here and below; tuning measures so.
+    """
     batch, heads, num_q, head_dim = q.shape
     if out.numel() == 0:
         return
@@ -155,7 +160,7 @@ def forward(
         store_sets=set_out is not None,
         skip_dead=skip_dead,
     )
-    config = _config(q.device, "forward", q.dtype, variant)
+    config = config or _config(q.device, "forward", q.dtype, variant)
     blocks = plan.q_tiles * _blocks(plan.block_q, config.block_m)
     forward_kernel[(blocks * batch * heads,)](
         q,
@@ -248,13 +253,14 @@ def backward_q(
     *,
     grad_lse: bool,
     grad_q: torch.Tensor,
+    config: KernelConfig | None = None,
 ) -> None:
     """Write ``grad_q``, shaped as ``q``."""
     batch, heads, num_q, head_dim = q.shape
     if grad_q.numel() == 0:
         return
     variant = replace(_variant(head_dim, plan, options), grad_lse=grad_lse)
-    config = _config(q.device, "backward_q", q.dtype, variant)
+    config = config or _config(q.device, "backward_q", q.dtype, variant)
     blocks = plan.q_tiles * _blocks(plan.block_q, config.block_m)
     backward_q_kernel[(blocks * batch * heads,)](
         q,
@@ -298,13 +304,14 @@ def backward_kv(
     *,
     grad_k: torch.Tensor,
     grad_v: torch.Tensor,
+    config: KernelConfig | None = None,
 ) -> None:
     """Write ``grad_k`` and ``grad_v``, shaped as ``k`` and ``v``."""
     batch, kv_heads, _, head_dim = k.shape
     if grad_k.numel() == 0:
         return
     variant = replace(_variant(head_dim, plan, options), group=q.shape[1] // kv_heads)
-    config = _config(q.device, "backward_kv", q.dtype, variant)
+    config = config or _config(q.device, "backward_kv", q.dtype, variant)
     blocks = plan.kv_tiles * _blocks(plan.block_kv, config.block_n)
     backward_kv_kernel[(blocks * batch * kv_heads,)](
         q,

@@ -1,0 +1,52 @@
+"""Block sizes worth trying for each entry of a table, best guess first; for the compiler's evidence and for tuning.
+
+Plain Python: neither torch nor triton is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from canvas_engineering.kernels.triton.config import DTYPES, HEAD_DIMS, KERNELS, OWN_BLOCKS, SETS, KernelConfig, Key
+
+#: Multiplications of float32 keep their operands in registers, so its blocks are small and its warps many.
+FLOAT32_OWN_BLOCKS = (64, 32, 16)
+
+
+def table_keys(
+    head_dims: tuple[int, ...] = HEAD_DIMS, dtypes: tuple[str, ...] = DTYPES, kernels: tuple[str, ...] = KERNELS
+) -> list[Key]:
+    """The entries of a table, the most used first: 16 bit before float32, small head_dims before large ones.
+
+    Of two entries that differ only in ``sets``, ``"many"`` comes first: what holds a second accumulator in
+    registers does so for one.
+    """
+    return [
+        Key(kernel, head_dim, dtype, sets, own)
+        for dtype in dtypes
+        for head_dim in head_dims
+        for kernel in kernels
+        for own in (FLOAT32_OWN_BLOCKS if dtype == "float32" else OWN_BLOCKS)
+        for sets in reversed(SETS)
+    ]
+
+
+def candidates(key: Key, architecture: str) -> Iterator[KernelConfig]:
+    """Configurations for one entry, best guess first: the largest block, then the deepest pipeline.
+
+    128 rows are two warp groups of 64 on Hopper. The scheduler of AMD GPUs overlaps loads of different warps, so
+    they get short pipelines.
+    """
+    if key.dtype == "float32":
+        warps: tuple[int, ...] = (8, 4)
+        others: tuple[int, ...] = (64, 32)
+    else:
+        warps = (8, 4) if key.own_block == 128 else (4, 8)
+        others = (128, 64, 32)
+    if key.kernel == "backward_kv":
+        others = (*others, 16)  # rows may be few, while keys of a block are whole words of a mask
+    stages = (2, 1) if key.dtype == "float32" or architecture.startswith("gfx") else (3, 2)
+    for other in others:
+        for num_warps in warps:
+            for num_stages in stages:
+                yield KernelConfig.of(key.kernel, key.own_block, other, num_warps, num_stages)
