@@ -9,7 +9,10 @@ from typing import Any
 from canvas_engineering._optional import require
 from canvas_engineering.cli.output import print_json, table
 from canvas_engineering.cli.schema_file import add_plan_arguments, read_schema
+from canvas_engineering.kernels.pallas.tiles import TPU_TILES
 from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.auto import AUTO_TILES, TileTable
+from canvas_engineering.plan.compile import compile_topology
 
 EPILOG = """examples:
   canvas-engineering compile --backend triton --target sm_90 --head-dim 128 --dtype bfloat16
@@ -20,7 +23,8 @@ targets:
   triton: sm_80, sm_90, sm_100 (NVIDIA), gfx942 (AMD)
   pallas: v5e, v5p, v6e, tpu7x (TPU)
 
-exit status: 0 when all kernels compile and fit the target, else 1
+exit status: 0 when all kernels compile and fit the target, 1 when not, 2 when there is no answer (a target, dtype or
+package that is missing, a file that cannot be read)
 """
 
 
@@ -62,9 +66,19 @@ def read_plan(args: argparse.Namespace) -> BlockSparsePlan:
     if args.plan.suffix != ".json":
         return BlockSparsePlan.load(args.plan)
     schema, topology = read_schema(args.plan)
-    return BlockSparsePlan.from_topology(
-        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv
+    return compile_topology(
+        topology,
+        schema.layout,
+        softmax=args.softmax,
+        block_q=args.block_q,
+        block_kv=args.block_kv,
+        tiles=tile_table(args.backend),
     )
+
+
+def tile_table(backend: str) -> TileTable:
+    """The tile sizes that ``auto`` chooses from: those that the backend takes."""
+    return TPU_TILES if backend == "pallas" else AUTO_TILES
 
 
 def compile_report(

@@ -61,8 +61,9 @@ def compile_topology(
     program: CanvasProgram | None = None,
     skip_temporal: bool = False,
     normalize: bool = True,
+    tiles: TileTable = AUTO_TILES,
 ) -> BlockSparsePlan:
-    """See :meth:`BlockSparsePlan.from_topology`."""
+    """See :meth:`BlockSparsePlan.from_topology`; ``tiles`` is what ``"auto"`` chooses from."""
     if softmax not in ("connection", "joint"):
         raise PlanError(f'softmax must be "connection" or "joint", got {softmax!r}')
     groups = resolve_groups(topology, layout, program=program, skip_temporal=skip_temporal)
@@ -74,6 +75,7 @@ def compile_topology(
         block_q=block_q,
         block_kv=block_kv,
         grid=(layout.T, *layout.spatial_shape),
+        tiles=tiles,
         source=f"topology of {len(topology.connections)} connections on {(layout.T, *layout.spatial_shape)}",
     )
     return replace(
