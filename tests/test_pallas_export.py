@@ -127,7 +127,11 @@ def test_a_million_positions() -> None:
         H=128,
         W=128,
         d_model=64,
-        regions={"screen": (0, 64, 0, 120, 0, 128), "keys": (0, 64, 120, 128, 0, 64), "text": (0, 64, 120, 128, 64, 128)},
+        regions={
+            "screen": (0, 64, 0, 120, 0, 128),
+            "keys": (0, 64, 120, 128, 0, 64),
+            "text": (0, 64, 120, 128, 64, 128),
+        },
     )
     topology = CanvasTopology.causal_temporal(["screen", "keys", "text"])
     plan = compile_topology(topology, layout, block_q=256, block_kv=256, tiles=TPU_TILES)
