@@ -116,7 +116,7 @@ def test_tiles_that_a_tpu_does_not_take_fail_here_too() -> None:
     def call(q: Array, k: Array, v: Array) -> Any:
         return plan_attention(q, k, v, None, None, return_lse=False, interpret=False, **keywords)
 
-    with pytest.raises(ValueError, match="not supported|divisible|block shape|multiple"):
+    with pytest.raises(ValueError, match=r"not supported|divisible|block shape|multiple"):
         exported(call, *shapes(plan, 1, 1, 64, "bfloat16"))
 
 

@@ -83,8 +83,8 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         "kernels": kernels,
         "fits": need <= has,
         "sentence": (
-            f"{'Yes' if need <= has else 'No'}: {what}: one head needs {_readable(need)} of the {_readable(has)} of a {target}, "
-            f"and its kernels {_readable(vmem)} of vector memory and {_readable(smem)} of scalar memory."
+            f"{'Yes' if need <= has else 'No'}: {what}: one head needs {_readable(need)} of the {_readable(has)} of a "
+            f"{target}, and its kernels {_readable(vmem)} of vector memory and {_readable(smem)} of scalar memory."
         ),
     }
 
