@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench bench-peers bench-full
+.PHONY: help venv demo test test-tpu lint format bench bench-peers bench-full
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ demo: $(STAMP) ## Compile and run the computer-use canvas on real pixels; pictur
 # One thread per worker: the workers already use the cores.
 test: $(STAMP) ## Run the test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal --quiet $(ARGS)
+
+# jax[tpu] names the libtpu that belongs to the installed JAX. 210 MB to fetch, so not a part of .venv from the start.
+test-tpu: $(STAMP) ## Install libtpu and compile for TPUs ahead of time; no TPU needed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt 'jax[tpu]'
+	OMP_NUM_THREADS=1 $(PY) -m pytest --quiet -m libtpu $(ARGS)
 
 lint: $(STAMP) ## Check style and types
 	$(PY) -m ruff check .

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Eight simulated devices for the tests of sharding; must be set before JAX starts.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
 settings.register_profile(
     "default",
@@ -29,8 +35,12 @@ def _tpu_reason() -> str | None:
     return None if jax.default_backend() == "tpu" else f"jax runs on {jax.default_backend()}, not on a TPU"
 
 
+def _libtpu_reason() -> str | None:
+    return None if find_spec("libtpu") else "libtpu is not installed: make test-tpu installs it"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for marker, find_reason in (("gpu", _gpu_reason), ("tpu", _tpu_reason)):
+    for marker, find_reason in (("gpu", _gpu_reason), ("tpu", _tpu_reason), ("libtpu", _libtpu_reason)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = find_reason() if marked else None
         if reason is not None:

@@ -8,10 +8,7 @@ from typing import Any
 
 from canvas_engineering._optional import require
 from canvas_engineering.cli.output import print_json, table
-from canvas_engineering.cli.schema_file import add_plan_arguments, read_schema
-from canvas_engineering.plan import BlockSparsePlan
-from canvas_engineering.plan.auto import AUTO_TILES, TileTable
-from canvas_engineering.plan.compile import compile_topology
+from canvas_engineering.cli.schema_file import add_plan_arguments, read_plan
 
 EPILOG = """examples:
   canvas-engineering compile --backend triton --target sm_90 --head-dim 128 --dtype bfloat16
@@ -22,9 +19,10 @@ targets:
   triton: sm_80, sm_90, sm_100 (NVIDIA), gfx942 (AMD)
   pallas: v5e, v5p, v6e, tpu7x (TPU)
 
-Of a canvas whose tile sizes are auto, the GPU kernels get those that the target's kernel table makes fastest.
+A canvas whose tile sizes are auto is compiled with those that are fastest on the target.
 
-exit status: 0 when all kernels compile and fit the target, 1 when one does not, 2 refused input
+exit status: 0 when all kernels compile and fit the target, 1 when not, 2 when there is no answer (a target, dtype or
+package that is missing, a file that cannot be read)
 """
 
 
@@ -60,18 +58,6 @@ def main(args: argparse.Namespace) -> int:
     return 0 if report["fits"] else 1
 
 
-def read_plan(args: argparse.Namespace, tiles: TileTable = AUTO_TILES) -> BlockSparsePlan | None:
-    """The plan in ``args.plan``, or that of the canvas in it with tile sizes from ``tiles``; None without one."""
-    if args.plan is None:
-        return None
-    if args.plan.suffix != ".json":
-        return BlockSparsePlan.load(args.plan)
-    schema, topology = read_schema(args.plan)
-    return compile_topology(
-        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv, tiles=tiles
-    )
-
-
 def triton_report(args: argparse.Namespace) -> dict[str, Any]:
     """What the Triton kernels take of a GPU: ``kernels``, a list of one object per kernel; ``fits``; ``sentence``."""
     require("triton", "triton", "compiling for a GPU")
@@ -79,15 +65,18 @@ def triton_report(args: argparse.Namespace) -> dict[str, Any]:
     from canvas_engineering.kernels.triton.config import recommended_tiles
 
     aot.check_arguments(args.target, args.head_dim, args.dtype)
-    plan = read_plan(args, recommended_tiles(args.target, args.head_dim, args.dtype))
+    tiles = recommended_tiles(args.target, args.head_dim, args.dtype)
+    plan = None if args.plan is None else read_plan(args.plan, args, tiles)
     return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
 
 
 def pallas_report(args: argparse.Namespace) -> dict[str, Any]:
     """What the Pallas kernels take of a TPU, in the same form."""
-    plan = read_plan(args)
     require("jax", "tpu", "compiling for a TPU")
     from canvas_engineering.kernels.pallas import aot
+    from canvas_engineering.kernels.pallas.tiles import TPU_TILES
+
+    plan = None if args.plan is None else read_plan(args.plan, args, TPU_TILES)
 
     return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
 

@@ -1,4 +1,4 @@
-"""Reading the canvas a command is given."""
+"""Reading the canvas or the plan that a command is given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 from canvas_engineering.connectivity import CanvasTopology
 from canvas_engineering.errors import SchemaError
+from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.auto import AUTO_TILES, TileTable
+from canvas_engineering.plan.compile import compile_topology
 from canvas_engineering.schema import CanvasSchema
 
 
@@ -51,3 +54,22 @@ def read_schema(path: Path) -> tuple[CanvasSchema, CanvasTopology]:
     if schema.topology is None or not schema.topology.connections:
         raise SchemaError(f"{path}: 'topology' must hold at least one connection for a plan, got none")
     return schema, schema.topology
+
+
+def read_plan(path: Path, args: argparse.Namespace, tiles: TileTable = AUTO_TILES) -> BlockSparsePlan:
+    """The plan in ``path``, or that of the canvas in it, compiled as the options of ``add_plan_arguments`` say.
+
+    Args:
+        path: A canvas if it ends in ``.json``, else a plan file.
+        args: Parsed options.
+        tiles: The tile sizes that ``auto`` chooses from.
+
+    Raises:
+        SchemaError: A canvas that cannot be read. PlanError: a plan file that cannot.
+    """
+    if path.suffix != ".json":
+        return BlockSparsePlan.load(path)
+    schema, topology = read_schema(path)
+    return compile_topology(
+        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv, tiles=tiles
+    )

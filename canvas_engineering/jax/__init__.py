@@ -20,11 +20,13 @@ from canvas_engineering.jax.registry import ATTENTION_REGISTRY, create_attention
 from canvas_engineering.jax.residuals import ResidualAccumulator, ResidualState  # noqa: E402
 from canvas_engineering.jax.slots import SlotBinding  # noqa: E402
 from canvas_engineering.jax.weights import RowWeights  # noqa: E402
+from canvas_engineering.kernels.pallas.sharding import PlanShards, shard_plan, sharded_attention  # noqa: E402
 
 __all__ = [
     "ATTENTION_REGISTRY",
     "AttentionDispatcher",
     "AttentionFunction",
+    "PlanShards",
     "ResidualAccumulator",
     "ResidualState",
     "RowWeights",
@@ -33,5 +35,7 @@ __all__ = [
     "from_torch",
     "register_attention",
     "residual_state_from_torch",
+    "shard_plan",
+    "sharded_attention",
     "to_torch",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from canvas_engineering._arrays import is_torch
-from canvas_engineering.attention.api import choose_backend
+from canvas_engineering._arrays import is_jax, is_torch
+from canvas_engineering.attention.api import choose_backend, jax_platform
 from canvas_engineering.errors import BackendError
 from canvas_engineering.routing.schedule import Schedule
 
@@ -102,10 +102,17 @@ def _probe(x: Any, n_heads: int, count: int, head_dim: int) -> Any:
     shape = (0, n_heads, count, head_dim)
     if is_torch(x):
         return x.new_empty(shape)
+    if is_jax(x):
+        import jax
+
+        device = None if isinstance(x, jax.core.Tracer) else next(iter(x.devices()))
+        return jax.numpy.empty(shape, x.dtype, device=device)
     import numpy as np
 
     return np.empty(shape, x.dtype)
 
 
 def _kind(x: Any) -> str:
-    return f"{x.dtype} tensors on {x.device}" if is_torch(x) else f"{x.dtype} NumPy arrays"
+    if is_torch(x):
+        return f"{x.dtype} tensors on {x.device}"
+    return f"{x.dtype} JAX arrays on {jax_platform(x)}" if is_jax(x) else f"{x.dtype} NumPy arrays"

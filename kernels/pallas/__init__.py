@@ -1,4 +1,4 @@
 """Pallas TPU kernels, and the mask metadata that JAX's Splash attention kernel reads.
 
-Nothing is imported here: ``mask_info`` needs NumPy only, everything else in this package needs JAX.
+Nothing is imported here: ``mask_info``, ``lowering``, ``tiles`` and ``schedule`` need NumPy only, everything else JAX.
 """

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from canvas_engineering._optional import require
-from canvas_engineering.errors import BackendError
+from canvas_engineering.errors import BackendError, PlanError
 from canvas_engineering.kernels.pallas.aot_worker import TARGETS
+from canvas_engineering.kernels.pallas.backend import jax_is_outdated
+from canvas_engineering.kernels.pallas.lowering import lower_plan
 from canvas_engineering.kernels.pallas.tiles import (
     MAX_HEAD_DIM,
     SUPPORTED_DTYPES,
@@ -42,7 +44,7 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         ``"fits"``: whether all compiled and the memory suffices. ``"sentence"``: the answer in words.
 
     Raises:
-        BackendError: An unknown target, dtype or head_dim, or the compiler crashed.
+        BackendError: An unknown target, dtype or head_dim, a jax that is too old, or the compiler crashed.
         MissingDependencyError: jax or libtpu is not installed.
     """
     if target not in TARGETS:
@@ -62,6 +64,13 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         return {"kernels": [], "fits": False, "sentence": f"No: a {target} cannot run {what}: {'; '.join(problems)}."}
     require("jax", "tpu", "compiling for a TPU")
     require("libtpu", "tpu", "compiling for a TPU")
+    outdated = jax_is_outdated()
+    if outdated:
+        raise BackendError(f"compiling for a TPU {outdated}")
+    try:
+        plan.lowered("pallas", lower_plan)
+    except PlanError as error:  # the lists of the plan do not fit into scalar memory
+        return {"kernels": [], "fits": False, "sentence": f"No: a {target} cannot run {what}: {error}."}
     kernels = _compile_elsewhere(target, head_dim, dtype, plan)
     errors = [f"{kernel['name']}: {_first_sentence(kernel['error'])}" for kernel in kernels if "error" in kernel]
     if errors:
@@ -74,8 +83,8 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         "kernels": kernels,
         "fits": need <= has,
         "sentence": (
-            f"{'Yes' if need <= has else 'No'}: {what}: one head needs {_mib(need)} of the {_mib(has)} of a {target}, "
-            f"and its kernels {_mib(vmem)} of vector memory and {_mib(smem)} of scalar memory."
+            f"{'Yes' if need <= has else 'No'}: {what}: one head needs {_readable(need)} of the {_readable(has)} of a "
+            f"{target}, and its kernels {_readable(vmem)} of vector memory and {_readable(smem)} of scalar memory."
         ),
     }
 
@@ -122,8 +131,8 @@ def _compile_elsewhere(target: str, head_dim: int, dtype: str, plan: BlockSparse
                 f"compiling for {target} must take at most {TIMEOUT_SECONDS} s; it took longer"
             ) from None
     if process.returncode:
-        tail = "\n".join(process.stderr.strip().splitlines()[-5:])
-        raise BackendError(f"compiling for {target} must succeed, got exit status {process.returncode}:\n{tail}")
+        tail = next((line for line in reversed(process.stderr.splitlines()) if line.strip()), "no message")
+        raise BackendError(f"compiling for {target} must succeed, got exit status {process.returncode}: {tail}")
     kernels: list[dict[str, Any]] = json.loads(process.stdout)["kernels"]
     return kernels
 
@@ -134,5 +143,9 @@ def _first_sentence(message: str) -> str:
     return re.sub(r"\s+", " ", line).strip()[:300]
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _readable(count: int) -> str:
+    """Bytes in the largest unit of which there is at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"

@@ -58,7 +58,9 @@ class Compiler:
         from jax.experimental import topologies
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target].topology)
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=TARGETS[target].topology, chips_per_host_bounds=[1, 1, 1]
+        )
         self.sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), ("device",)), PartitionSpec())
 
     def array(self, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -23,13 +23,21 @@ def availability() -> tuple[bool, str]:
         return False, "the package 'jax' is not installed: pip install 'canvas-engineering[jax]'"
     import jax
 
-    version = tuple(int(part) for part in jax.__version_info__[:2])
-    if version < MIN_JAX:
-        return False, f"needs jax >= {'.'.join(map(str, MIN_JAX))}, got {jax.__version__}"
+    outdated = jax_is_outdated()
+    if outdated:
+        return False, outdated
     platform = jax.default_backend()
     if platform == "tpu":
         return True, f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
     return True, f"jax {jax.__version__} in TPU interpret mode on {platform}: for comparison, not for speed"
+
+
+def jax_is_outdated() -> str:
+    """The requirement and the version found where JAX is too old, else an empty string."""
+    import jax
+
+    version = tuple(int(part) for part in jax.__version_info__[:2])
+    return "" if version >= MIN_JAX else f"needs jax >= {'.'.join(map(str, MIN_JAX))}, got {jax.__version__}"
 
 
 def reasons(

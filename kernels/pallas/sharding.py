@@ -20,13 +20,14 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
-from canvas_engineering.errors import PlanError
+from canvas_engineering.errors import BackendError, PlanError
 from canvas_engineering.kernels.pallas.attention import (
     dropout_hashes,
     kernel_operand,
     signed_query,
     tiled_attention,
 )
+from canvas_engineering.kernels.pallas.backend import interpret_here, reasons
 from canvas_engineering.kernels.pallas.config import Activation, KernelConfig, PlanArrays
 from canvas_engineering.kernels.pallas.launch import Interpret, vary
 from canvas_engineering.kernels.pallas.lowering import (
@@ -116,8 +117,9 @@ def deal_tiles(visits: NDArray[np.integer], shards: int) -> NDArray[np.int32]:
     """``(shards, slots)``: tiles to shards, none with more than its share of slots, by work.
 
     Longest processing time first (R. Graham, "Bounds on multiprocessing timing anomalies", 1969): the tile with
-    the most visits goes to the shard with the least work that has a free slot. Each shard keeps its tiles in plan
-    order. Empty slots (-1) come last.
+    the most visits goes to the shard with the least work that has a free slot. Then tiles are exchanged as long as
+    that relieves the busiest shard, which matters where a shard has few. Each shard keeps its tiles in plan order.
+    Empty slots (-1) come last.
     """
     slots = -(-visits.size // shards)
     assigned: list[list[int]] = [[] for _ in range(shards)]
@@ -129,8 +131,32 @@ def deal_tiles(visits: NDArray[np.integer], shards: int) -> NDArray[np.int32]:
             heapq.heappush(queue, (work + int(visits[tile]), shard))
     tiles = np.full((shards, slots), -1, np.int32)
     for shard, its in enumerate(assigned):
-        tiles[shard, : len(its)] = sorted(its)
-    return tiles
+        tiles[shard, : len(its)] = its
+    _exchange(tiles, visits)
+    by_place = np.sort(np.where(tiles < 0, visits.size, tiles), axis=1)
+    return np.where(by_place == visits.size, -1, by_place).astype(np.int32)
+
+
+def _exchange(tiles: NDArray[np.int32], visits: NDArray[np.integer]) -> None:
+    """Swap slots of the busiest shard with those of others, in place, while the busier of the two gets less work."""
+    cost = np.append(visits, 0)[tiles]  # (shards, slots); an empty slot costs nothing
+    while cost.size:
+        total = cost.sum(axis=1)
+        busiest = int(total.argmax())
+        best: tuple[int, int, int, int] | None = None
+        values, places = np.unique(cost[busiest], return_index=True)
+        for other in np.flatnonzero(total < total[busiest] - 1):
+            other_values, other_places = np.unique(cost[other], return_index=True)
+            moved = values[:, None] - other_values
+            relief = np.minimum(moved, total[busiest] - total[other] - moved)  # of the busier of the two
+            i, j = np.unravel_index(int(relief.argmax()), relief.shape)
+            if relief[i, j] > (0 if best is None else best[0]):
+                best = int(relief[i, j]), int(other), int(places[i]), int(other_places[j])
+        if best is None:
+            return
+        _, other, i, j = best
+        for array in (tiles, cost):
+            array[busiest, i], array[other, j] = array[other, j], array[busiest, i]
 
 
 def sharded_attention(
@@ -148,18 +174,24 @@ def sharded_attention(
     dropout_p: float = 0.0,
     seed: Array | None = None,
     return_lse: bool = False,
-    interpret: Interpret = False,
+    interpret: Interpret | None = None,
 ) -> Array | tuple[Array, Array]:
-    """``block_sparse_attention`` over the devices of ``mesh``; differentiable, and the same numbers.
+    """``block_sparse_attention(..., backend="pallas")`` over the devices of ``mesh``: differentiable, the same numbers.
 
     Args:
+        q, k, v, scale, row_weight, activation, dropout_p, return_lse: As there, whole; bfloat16 or float32.
         head_axis: Mesh axis over which the heads are divided.
         q_axis: Mesh axis over which the q tiles are divided, by work (see :func:`shard_plan`).
-        seed: ``(2,)`` uint32, needed for dropout.
+        seed: ``(2,)`` uint32, low and high word; needed for dropout.
+        interpret: False for a TPU; None to ask JAX's default device, which on a CPU means TPU interpret mode.
 
     Raises:
-        PlanError: An axis the mesh lacks, heads that its size does not divide, or more shards than q tiles.
+        BackendError: A dtype, head_dim or tile size that the kernels do not take; the message has every reason.
+        PlanError: Sizes that are not the plan's, an axis the mesh lacks, heads that its size does not divide, more
+            shards than q tiles, a log-sum-exp that the plan does not have.
     """
+    _check(q, k, v, plan, activation, return_lse)
+    interpret = interpret_here() if interpret is None else interpret
     sizes = dict(mesh.shape)
     for name, axis in (("head_axis", head_axis), ("q_axis", q_axis)):
         if axis is not None and axis not in sizes:
@@ -170,7 +202,56 @@ def sharded_attention(
             f"the {q.shape[1]} query heads and {k.shape[1]} kv heads must be divisible by the {head_shards} devices "
             f"of mesh axis {head_axis!r}"
         )
-    q_shards = sizes[q_axis] if q_axis else 1
+    return _sharded_attention(
+        q,
+        k,
+        v,
+        row_weight,
+        seed,
+        plan=plan,
+        mesh=mesh,
+        head_axis=head_axis,
+        q_axis=q_axis,
+        scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
+        activation=activation,
+        dropout_p=float(dropout_p),
+        return_lse=return_lse,
+        interpret=interpret,
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "plan",
+        "mesh",
+        "head_axis",
+        "q_axis",
+        "scale",
+        "activation",
+        "dropout_p",
+        "return_lse",
+        "interpret",
+    ),
+)
+def _sharded_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    row_weight: Array | None,
+    seed: Array | None,
+    *,
+    plan: BlockSparsePlan,
+    mesh: Mesh,
+    head_axis: str | None,
+    q_axis: str | None,
+    scale: float,
+    activation: Activation,
+    dropout_p: float,
+    return_lse: bool,
+    interpret: Interpret,
+) -> Array | tuple[Array, Array]:
+    q_shards = mesh.shape[q_axis] if q_axis else 1
     shards = plan.lowered(("pallas shards", q_shards), lambda p: shard_plan(p, q_shards))
     lowered = plan.lowered("pallas", lower_plan)
     q_order = plan.lowered(
@@ -178,7 +259,6 @@ def sharded_attention(
         lambda p: TokenOrder.of(shards.q_tokens, p.num_q, f"{p.digest}/{q_shards}"),
     )
     kv_order = plan.lowered("pallas kv order", lambda p: TokenOrder.of(p.kv_tokens, p.num_kv, p.digest))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     config = KernelConfig(
         block_q=plan.block_q,
         block_kv=plan.block_kv,
@@ -193,7 +273,7 @@ def sharded_attention(
         interpret=interpret,
     )
     weight = jnp.asarray(plan.row_weight) if row_weight is None else row_weight.astype(jnp.float32)
-    weight = weight.at[shards.sets].get(mode="fill", fill_value=0)  # (shards, num_sets, block_q)
+    weight = jnp.pad(weight, ((0, 1), (0, 0)))[shards.sets]  # (shards, num_sets, block_q)
     q_hash, kv_hash = dropout_hashes(plan, q_order, kv_order, q.shape, seed) if dropout_p else (None, None)
 
     by_shard = PartitionSpec(q_axis)
@@ -221,6 +301,19 @@ def sharded_attention(
     )(*(value for value, _ in inputs.values()))
     out = from_tiles(q_order, out)
     return (out, from_tiles(q_order, lse)) if return_lse else out
+
+
+def _check(q: Array, k: Array, v: Array, plan: BlockSparsePlan, activation: Activation, return_lse: bool) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[2], k.shape[2]) != (plan.num_q, plan.num_kv):
+        raise PlanError(
+            f"q must have shape (batch, heads, {plan.num_q}, head_dim) and k and v (batch, kv heads, {plan.num_kv}, "
+            f"head_dim), got {q.shape}, {k.shape} and {v.shape}"
+        )
+    if return_lse and plan.max_sets > 1:
+        raise PlanError(f"return_lse needs a plan with one softmax set per row, got one with up to {plan.max_sets}")
+    found = reasons(q, k, v, plan, activation=activation, return_lse=return_lse, dropout_p=0.0, row_weight=None)
+    if found:
+        raise BackendError(f"backend 'pallas' cannot run this call: {'; '.join(found)}")
 
 
 def _one_shard(

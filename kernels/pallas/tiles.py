@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
+from canvas_engineering.plan.auto import TileTable
+
 LANES = 128
 #: Vector memory of the smallest supported core (v5p, tpu7x), less what the compiler keeps for itself.
 VMEM_BYTES = 48 * 2**20
 MAX_HEAD_DIM = 256
 SUPPORTED_DTYPES = ("bfloat16", "float32")
+
+
+def _relative_speed(block_q: int, block_kv: int) -> float:
+    """Speed of one pair against tiles of 512 x 512: arithmetic grows with the tile, the cost of a step does not.
+
+    A model constant, not a measurement: a step is taken to cost what a quarter of a 512 x 512 tile's arithmetic does.
+    """
+    work = block_q * block_kv / 512**2
+    return 1.25 * work / (work + 0.25)
+
+
+#: What ``"auto"`` chooses from for a TPU. A register holds 128 lanes, and 8 sublanes of 32 bits or 16 of 16 bits.
+TPU_TILES: TileTable = {
+    (block_q, block_kv): _relative_speed(block_q, block_kv)
+    for block_q in (16, 32, 64, 128, 256, 512)
+    for block_kv in (128, 256, 512)
+}
 
 
 def padded_head_dim(head_dim: int) -> int:
