@@ -106,7 +106,7 @@ def test_plan_json_has_the_statistics_of_the_plan(tmp_path: Path, capsys: pytest
     plan = BlockSparsePlan.from_topology(schema.topology, schema.layout, softmax="joint", block_q=16, block_kv=8)
     assert found["digest"] == plan.digest
     assert found["stats"] == plan.stats().as_dict()
-    assert (found["softmax"], found["title"]) == ("joint", "small")
+    assert (found["softmax"], found["compile_seconds"] > 0) == ("joint", True)
 
 
 def test_plan_is_saved_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +117,18 @@ def test_plan_is_saved_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert BlockSparsePlan.load(saved).digest[:12] in text
     assert drawn.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.json", "small.plan", "small.png"]
+
+    assert main(["plan", str(saved)]) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[:5] == text.splitlines()[:5]
+    assert "loaded" in again
+
+
+def test_a_plan_file_is_not_compiled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "small.plan"
+    assert main(["plan", write_schema(tmp_path), "--save", str(saved)]) == 0
+    assert main(["plan", str(saved), "--block-q", "32"]) == 2
+    assert "is taken for a plan, which is compiled already: leave them out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", CANVASES, ids=lambda path: path.stem)

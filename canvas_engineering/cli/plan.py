@@ -1,4 +1,4 @@
-"""``canvas-engineering plan SCHEMA.json``: compile a canvas, show what the plan costs, save or draw it."""
+"""``canvas-engineering plan FILE``: compile a canvas, or load a plan; show what the plan costs, save or draw it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 from canvas_engineering.cli.output import print_json, seconds
-from canvas_engineering.cli.schema_file import add_plan_arguments, add_schema_argument, read_schema
+from canvas_engineering.cli.schema_file import add_plan_arguments, read_plan
 
 EPILOG = """examples:
   canvas-engineering plan examples/canvases/robot.json
   canvas-engineering plan canvas.json --softmax joint --block-q 128 --block-kv 128 --json
   canvas-engineering plan canvas.json --png plan.png --save canvas.plan
+  canvas-engineering plan canvas.plan
 """
 
 
@@ -20,11 +21,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "plan",
         help="compile a canvas and show what its plan costs",
-        description="Compile the topology of a canvas into a block-sparse plan and show what it costs.",
+        description="Compile a canvas into a block-sparse plan, or load a plan, and show what it costs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_schema_argument(parser)
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="a canvas (.json) written by CanvasSchema.to_json, or a plan written by --save",
+    )
     add_plan_arguments(parser)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the plan (needs the extra 'viz')")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the plan, to be read by BlockSparsePlan.load")
@@ -33,14 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    from canvas_engineering.plan import BlockSparsePlan
-
-    schema, topology = read_schema(args.schema)
     start = time.perf_counter()
-    plan = BlockSparsePlan.from_topology(
-        topology, schema.layout, softmax=args.softmax, block_q=args.block_q, block_kv=args.block_kv
-    )
-    compile_seconds = time.perf_counter() - start
+    plan = read_plan(args.file, args)
+    took = time.perf_counter() - start
+    compiled = args.file.suffix == ".json"
 
     if args.save is not None:
         plan.save(args.save)
@@ -50,11 +52,10 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {
-                "schema": str(args.schema),
-                "title": schema.metadata.get("title"),
+                "file": str(args.file),
                 "softmax": plan.softmax,
                 "digest": plan.digest,
-                "compile_seconds": compile_seconds,
+                "compile_seconds": took if compiled else None,
                 "stats": plan.stats().as_dict(),
                 "save": None if args.save is None else str(args.save),
                 "png": None if args.png is None else str(args.png),
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         )
         return 0
     print(plan)
-    print(f"  compiled  in {seconds(compile_seconds)}")
+    print(f"  {'compiled' if compiled else 'loaded'}  in {seconds(took)}")
     for path in (args.save, args.png):
         if path is not None:
             print(f"  written   {path}")

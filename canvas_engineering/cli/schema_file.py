@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from canvas_engineering.connectivity import CanvasTopology
-from canvas_engineering.errors import SchemaError
+from canvas_engineering.errors import CanvasError, SchemaError
 from canvas_engineering.plan import BlockSparsePlan
 from canvas_engineering.plan.auto import AUTO_TILES, TileTable
 from canvas_engineering.plan.compile import compile_topology
@@ -65,9 +65,14 @@ def read_plan(path: Path, args: argparse.Namespace, tiles: TileTable = AUTO_TILE
         tiles: The tile sizes that ``auto`` chooses from.
 
     Raises:
-        SchemaError: A canvas that cannot be read. PlanError: a plan file that cannot.
+        SchemaError: A canvas that cannot be read. PlanError: a plan file that cannot. CanvasError: options for a plan.
     """
     if path.suffix != ".json":
+        if (args.softmax, args.block_q, args.block_kv) != ("connection", "auto", "auto"):
+            raise CanvasError(
+                f"--softmax, --block-q and --block-kv say how a canvas (.json) is compiled, and {str(path)!r} is taken "
+                f"for a plan, which is compiled already: leave them out"
+            )
         return BlockSparsePlan.load(path)
     schema, topology = read_schema(path)
     return compile_topology(
