@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import aot
 from canvas_engineering.kernels.triton.candidates import candidates, table_keys
 from canvas_engineering.kernels.triton.config import (
@@ -43,9 +44,6 @@ from canvas_engineering.kernels.triton.constants import Variant
 SOURCE = "ahead-of-time compilation: no spilled registers, fits the shared memory"
 #: Shared memory of the smallest GPU that a table serves; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SMALLEST_SHARED_MEMORY = {"sm_80": 101_376}
-#: Accumulators and products of a step, in 32-bit registers per thread: every configuration seen above this spills its
-#: 255 registers, where these are not in tensor memory (sm_100) or in registers of their own (AMD).
-HOPELESS_REGISTERS = 190
 #: Above this many bytes of stack a shorter pipeline does not bring everything into registers.
 HOPELESS_STACK = 64
 
@@ -114,14 +112,6 @@ def problem(key: Key, report: aot.KernelReport, target: str) -> str:
     return ""
 
 
-def accumulator_registers(key: Key, config: KernelConfig) -> float:
-    """32-bit registers per thread for what a program adds up, and for the products of one step."""
-    accumulators = {"forward": 2 if key.sets == "many" else 1, "backward_q": 1, "backward_kv": 2}[key.kernel]
-    products = 1 if key.kernel == "forward" else 2
-    columns = accumulators * key.head_dim + products * config.other_block(key.kernel)
-    return key.own_block * columns / (32 * config.num_warps)
-
-
 def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | None:
     """The first candidate that suits, or None: then a smaller block serves in its place. ``first`` are tried first."""
     tried = dict.fromkeys([*first, *candidates(key, target)])
@@ -130,22 +120,24 @@ def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | N
         blocks = (config.block_m, config.block_n, config.num_warps)
         if blocks in hopeless:
             continue
-        if target in ("sm_80", "sm_90") and accumulator_registers(key, config) > HOPELESS_REGISTERS:
-            continue
-        failing = first_failing(key, config, target)
-        if failing is None:
+        stack = failing_stack(key, config, target)
+        if stack is None:
             return config
-        if failing.stack_bytes > HOPELESS_STACK:
+        if stack > HOPELESS_STACK:
             hopeless.add(blocks)
     return None
 
 
-def first_failing(key: Key, config: KernelConfig, target: str) -> aot.KernelReport | None:
-    """The report of the first of the hardest variants that has something against it; None if none has."""
+def failing_stack(key: Key, config: KernelConfig, target: str) -> int | None:
+    """Stack bytes of the first of the hardest variants that has something against it; None if none has."""
     for variant in hardest_variants(key, config):
-        report = compiled(key, config, variant, target)
+        try:
+            report = compiled(key, config, variant, target)
+        except BackendError as error:  # a pass of the compiler failed
+            tqdm.write(f"{target} {' '.join(map(str, key))}: {error}")
+            return 0
         if problem(key, report, target):
-            return report
+            return report.stack_bytes
     return None
 
 
@@ -164,7 +156,7 @@ def generate(target: str, keys: list[Key], keep: str, like: dict[Key, KernelConf
         known = kernels.get(key)
         if known is not None and keep == "all":
             continue
-        if known is not None and keep == "sound" and first_failing(key, known, target) is None:
+        if known is not None and keep == "sound" and failing_stack(key, known, target) is None:
             continue
         first = [like[key]] if key in like else []
         # Only the forward kernel holds something per softmax set: the others take what several sets took, or nothing.
