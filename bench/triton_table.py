@@ -78,6 +78,7 @@ def all_variants(key: Key, config: KernelConfig) -> Iterator[Variant]:
     yield from hardest_variants(key, config)
     yield replace(base, contiguous=False, skip_dead=True, store_lse=False, store_sets=False, group=1)  # inference
     yield replace(base, sigmoid=True, store_lse=False)
+    yield replace(base, store_sets=True, skip_dead=False)  # gradients of the row weights
     yield replace(base, dropout=True)
     yield replace(base, head_dim=key.head_dim * 3 // 4)
     for tile in (16, 120):  # a small block, and one that reaches beyond the end of its tile
