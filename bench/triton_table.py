@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import triton
 from tqdm import tqdm
 
 from canvas_engineering.errors import BackendError
@@ -41,7 +42,7 @@ from canvas_engineering.kernels.triton.config import (
 )
 from canvas_engineering.kernels.triton.constants import Variant
 
-SOURCE = "ahead-of-time compilation: no spilled registers, fits the shared memory"
+SOURCE = f"ahead-of-time compilation by triton {triton.__version__}: no spilled registers, fits the shared memory"
 #: Shared memory of the smallest GPU that a table serves; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SMALLEST_SHARED_MEMORY = {"sm_80": 101_376}
 #: Above this many bytes of stack a shorter pipeline does not bring everything into registers.
