@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import aot
-from canvas_engineering.kernels.triton.candidates import candidates, table_keys
+from canvas_engineering.kernels.triton.candidates import TENSOR_COLUMNS, candidates, table_keys
 from canvas_engineering.kernels.triton.config import (
     ARCHITECTURES,
     DTYPES,
@@ -59,7 +59,7 @@ def training(key: Key, config: KernelConfig) -> Variant:
         block_kv=config.block_n if by_keys else 128,
         many_sets=many,
         store_sets=many,
-        skip_dead=not many,
+        skip_dead=True,
         group=4,
     )
 
@@ -107,8 +107,8 @@ def problem(key: Key, report: aot.KernelReport, target: str) -> str:
         return f"stack {report.stack_bytes}"
     if report.shared_bytes > limit:
         return f"shared memory {report.shared_bytes} > {limit}"
-    if report.tensor_columns > aot.TENSOR_COLUMNS:
-        return f"tensor memory {report.tensor_columns} > {aot.TENSOR_COLUMNS}"
+    if report.tensor_columns > TENSOR_COLUMNS:
+        return f"tensor memory {report.tensor_columns} > {TENSOR_COLUMNS}"
     if key.dtype != "float32" and key.own_block >= 64 and report.wgmma == 0:
         return f"no {report.instruction}"
     return ""

@@ -16,6 +16,8 @@ FLOAT32_OWN_BLOCKS = (64, 32, 16)
 #: its 255 registers, on GPUs that keep these neither in tensor memory (sm_100) nor in registers of their own (AMD).
 MOST_REGISTERS = 190
 REGISTERS_ONLY = ("sm_80", "sm_90")
+#: Columns of the tensor memory of sm_100, where blocks of at least 64 rows are multiplied.
+TENSOR_COLUMNS = 512
 
 
 def table_keys(
@@ -55,8 +57,19 @@ def candidates(key: Key, architecture: str) -> Iterator[KernelConfig]:
         for num_warps in warps:
             for num_stages in stages:
                 config = KernelConfig.of(key.kernel, key.own_block, other, num_warps, num_stages)
-                if architecture not in REGISTERS_ONLY or accumulator_registers(key, config) <= MOST_REGISTERS:
+                if _can_hold(key, config, architecture):
                     yield config
+
+
+def _can_hold(key: Key, config: KernelConfig, architecture: str) -> bool:
+    """Whether there is a chance that a GPU holds what a program adds up, and the products of one step."""
+    if architecture in REGISTERS_ONLY:
+        return accumulator_registers(key, config) <= MOST_REGISTERS
+    if architecture == "sm_100" and key.dtype != "float32" and key.own_block >= 64:
+        products = 1 if key.kernel == "forward" else 2
+        accumulators = 2 if key.kernel == "backward_kv" else 1
+        return accumulators * key.head_dim + products * config.other_block(key.kernel) <= TENSOR_COLUMNS
+    return True
 
 
 def accumulator_registers(key: Key, config: KernelConfig) -> float:
