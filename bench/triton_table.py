@@ -8,9 +8,9 @@ For every entry of a table the candidates are tried, best guess first. The first
 registers (stack 0) in the variants of the kernel that take the most registers, fits the target's shared memory, and
 uses its tensor cores. The table is written after every entry, and entries that it holds are kept, so an interrupted
 run goes on where it stopped; ``--repair`` keeps only those that still suit, as after a change of the kernels or of the
-compiler, and ``--again`` none. ``--like`` tries the entries of another table first. ``--check`` compiles every entry
-in every variant.
-``canvas-engineering tune`` measures on a real GPU; this is what those without a measurement get.
+compiler, and ``--again`` none. ``--like`` tries the entries of another table first, and leaves out what that lacks.
+``--check`` compiles every entry in every variant. ``canvas-engineering tune`` measures on a real GPU; this is what
+those without a measurement get.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from canvas_engineering.kernels.triton.constants import Variant
 SOURCE = f"ahead-of-time compilation by triton {triton.__version__}: no spilled registers, fits the shared memory"
 #: Shared memory of the smallest GPU that a table serves; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SMALLEST_SHARED_MEMORY = {"sm_80": 101_376}
-#: Above this many bytes of stack a shorter pipeline does not bring everything into registers.
+#: Above this many bytes of stack a shorter pipeline does not bring everything into registers, except on AMD GPUs,
+#: whose pipelines pass through registers.
 HOPELESS_STACK = 64
 
 
@@ -125,7 +126,7 @@ def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | N
         stack = failing_stack(key, config, target)
         if stack is None:
             return config
-        if stack > HOPELESS_STACK:
+        if stack > HOPELESS_STACK and not target.startswith("gfx"):
             hopeless.add(blocks)
     return None
 
@@ -199,12 +200,14 @@ def main() -> int:
     action.add_argument("--repair", action="store_true", help="choose entries anew that no longer suit")
     action.add_argument("--again", action="store_true", help="choose all entries anew")
     action.add_argument("--check", action="store_true", help="compile the shipped entries in every variant instead")
-    parser.add_argument("--like", choices=ARCHITECTURES, help="try the entries of this table first")
+    parser.add_argument("--like", choices=ARCHITECTURES, help="try the entries of this table first, leave out others")
     args = parser.parse_args()
     keys = table_keys(tuple(args.head_dim or HEAD_DIMS), tuple(args.dtype or DTYPES), tuple(args.kernel or KERNELS))
     if args.check:
         return 1 if check(args.target, keys) else 0
     like = read_table(SHIPPED / f"{args.like}.json").kernels if args.like else {}
+    if like:
+        keys = [key for key in keys if key in like]
     generate(args.target, keys, "none" if args.again else "sound" if args.repair else "all", like)
     return 0
 
