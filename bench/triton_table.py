@@ -8,9 +8,9 @@ For every entry of a table the candidates are tried, best guess first. The first
 registers (stack 0) in the variants of the kernel that take the most registers, fits the target's shared memory, and
 uses its tensor cores. The table is written after every entry, and entries that it holds are kept, so an interrupted
 run goes on where it stopped; ``--repair`` keeps only those that still suit, as after a change of the kernels or of the
-compiler, and ``--again`` none. ``--like`` tries the entries of another table first. ``--check`` compiles every entry
-in every variant.
-``canvas-engineering tune`` measures on a real GPU; this is what those without a measurement get.
+compiler, and ``--again`` none. ``--like`` tries the entries of another table first, and leaves out what that lacks.
+``--check`` compiles every entry in every variant. ``canvas-engineering tune`` measures on a real GPU; this is what
+those without a measurement get.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import triton
 from tqdm import tqdm
 
+from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.triton import aot
-from canvas_engineering.kernels.triton.candidates import candidates, table_keys
+from canvas_engineering.kernels.triton.candidates import TENSOR_COLUMNS, candidates, table_keys
 from canvas_engineering.kernels.triton.config import (
     ARCHITECTURES,
     DTYPES,
@@ -40,13 +42,11 @@ from canvas_engineering.kernels.triton.config import (
 )
 from canvas_engineering.kernels.triton.constants import Variant
 
-SOURCE = "ahead-of-time compilation: no spilled registers, fits the shared memory"
+SOURCE = f"ahead-of-time compilation by triton {triton.__version__}: no spilled registers, fits the shared memory"
 #: Shared memory of the smallest GPU that a table serves; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SMALLEST_SHARED_MEMORY = {"sm_80": 101_376}
-#: Accumulators and products of a step, in 32-bit registers per thread: every configuration seen above this spills its
-#: 255 registers, where these are not in tensor memory (sm_100) or in registers of their own (AMD).
-HOPELESS_REGISTERS = 190
-#: Above this many bytes of stack a shorter pipeline does not bring everything into registers.
+#: Above this many bytes of stack a shorter pipeline does not bring everything into registers, except on AMD GPUs,
+#: whose pipelines pass through registers.
 HOPELESS_STACK = 64
 
 
@@ -60,7 +60,7 @@ def training(key: Key, config: KernelConfig) -> Variant:
         block_kv=config.block_n if by_keys else 128,
         many_sets=many,
         store_sets=many,
-        skip_dead=not many,
+        skip_dead=True,
         group=4,
     )
 
@@ -80,6 +80,7 @@ def all_variants(key: Key, config: KernelConfig) -> Iterator[Variant]:
     yield from hardest_variants(key, config)
     yield replace(base, contiguous=False, skip_dead=True, store_lse=False, store_sets=False, group=1)  # inference
     yield replace(base, sigmoid=True, store_lse=False)
+    yield replace(base, store_sets=True, skip_dead=False)  # gradients of the row weights
     yield replace(base, dropout=True)
     yield replace(base, head_dim=key.head_dim * 3 // 4)
     for tile in (16, 120):  # a small block, and one that reaches beyond the end of its tile
@@ -107,19 +108,11 @@ def problem(key: Key, report: aot.KernelReport, target: str) -> str:
         return f"stack {report.stack_bytes}"
     if report.shared_bytes > limit:
         return f"shared memory {report.shared_bytes} > {limit}"
-    if report.tensor_columns > aot.TENSOR_COLUMNS:
-        return f"tensor memory {report.tensor_columns} > {aot.TENSOR_COLUMNS}"
+    if report.tensor_columns > TENSOR_COLUMNS:
+        return f"tensor memory {report.tensor_columns} > {TENSOR_COLUMNS}"
     if key.dtype != "float32" and key.own_block >= 64 and report.wgmma == 0:
         return f"no {report.instruction}"
     return ""
-
-
-def accumulator_registers(key: Key, config: KernelConfig) -> float:
-    """32-bit registers per thread for what a program adds up, and for the products of one step."""
-    accumulators = {"forward": 2 if key.sets == "many" else 1, "backward_q": 1, "backward_kv": 2}[key.kernel]
-    products = 1 if key.kernel == "forward" else 2
-    columns = accumulators * key.head_dim + products * config.other_block(key.kernel)
-    return key.own_block * columns / (32 * config.num_warps)
 
 
 def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | None:
@@ -130,22 +123,24 @@ def choose(key: Key, target: str, first: list[KernelConfig]) -> KernelConfig | N
         blocks = (config.block_m, config.block_n, config.num_warps)
         if blocks in hopeless:
             continue
-        if target in ("sm_80", "sm_90") and accumulator_registers(key, config) > HOPELESS_REGISTERS:
-            continue
-        failing = first_failing(key, config, target)
-        if failing is None:
+        stack = failing_stack(key, config, target)
+        if stack is None:
             return config
-        if failing.stack_bytes > HOPELESS_STACK:
+        if stack > HOPELESS_STACK and not target.startswith("gfx"):
             hopeless.add(blocks)
     return None
 
 
-def first_failing(key: Key, config: KernelConfig, target: str) -> aot.KernelReport | None:
-    """The report of the first of the hardest variants that has something against it; None if none has."""
+def failing_stack(key: Key, config: KernelConfig, target: str) -> int | None:
+    """Stack bytes of the first of the hardest variants that has something against it; None if none has."""
     for variant in hardest_variants(key, config):
-        report = compiled(key, config, variant, target)
+        try:
+            report = compiled(key, config, variant, target)
+        except BackendError as error:  # a pass of the compiler failed
+            tqdm.write(f"{target} {' '.join(map(str, key))}: {error}")
+            return 0
         if problem(key, report, target):
-            return report
+            return report.stack_bytes
     return None
 
 
@@ -164,7 +159,7 @@ def generate(target: str, keys: list[Key], keep: str, like: dict[Key, KernelConf
         known = kernels.get(key)
         if known is not None and keep == "all":
             continue
-        if known is not None and keep == "sound" and first_failing(key, known, target) is None:
+        if known is not None and keep == "sound" and failing_stack(key, known, target) is None:
             continue
         first = [like[key]] if key in like else []
         # Only the forward kernel holds something per softmax set: the others take what several sets took, or nothing.
@@ -205,12 +200,14 @@ def main() -> int:
     action.add_argument("--repair", action="store_true", help="choose entries anew that no longer suit")
     action.add_argument("--again", action="store_true", help="choose all entries anew")
     action.add_argument("--check", action="store_true", help="compile the shipped entries in every variant instead")
-    parser.add_argument("--like", choices=ARCHITECTURES, help="try the entries of this table first")
+    parser.add_argument("--like", choices=ARCHITECTURES, help="try the entries of this table first, leave out others")
     args = parser.parse_args()
     keys = table_keys(tuple(args.head_dim or HEAD_DIMS), tuple(args.dtype or DTYPES), tuple(args.kernel or KERNELS))
     if args.check:
         return 1 if check(args.target, keys) else 0
     like = read_table(SHIPPED / f"{args.like}.json").kernels if args.like else {}
+    if like:
+        keys = [key for key in keys if key in like]
     generate(args.target, keys, "none" if args.again else "sound" if args.repair else "all", like)
     return 0
 

@@ -77,15 +77,14 @@ def pallas_report(args: argparse.Namespace) -> dict[str, Any]:
     from canvas_engineering.kernels.pallas.tiles import TPU_TILES
 
     plan = None if args.plan is None else read_plan(args.plan, args, TPU_TILES)
-
     return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
 
 
 def triton_text(report: dict[str, Any]) -> str:
     """The report for people: one row per kernel, then the answer."""
-    # Beside its own instruction a target has the older mma, for small blocks.
-    instructions = list(dict.fromkeys([report["kernels"][0]["instruction"], "mma"]))
-    count = {instruction: "mma" if instruction == "mma" else "wgmma" for instruction in instructions}
+    count = {report["kernels"][0]["instruction"]: "wgmma"}
+    if any(one["mma"] for one in report["kernels"]):
+        count["mma"] = "mma"  # the older instruction, for small blocks
     header = ("kernel", "registers", "stack", "shared memory", *count, "tile", "block", "warps", "stages")
     rows = [
         (

@@ -24,6 +24,7 @@ EPILOG = """examples:
   canvas-engineering plan examples/canvases/robot.json --png plan.png
   canvas-engineering run examples/canvases/computer_use.json --out result
   canvas-engineering compile --backend triton --target sm_90 --plan examples/canvases/robot.json
+  canvas-engineering tune --dry-run
 
 exit status:
   0 done, 1 done and the answer is "no" (a result differs, nothing can run here), 2 refused input

@@ -30,8 +30,6 @@ from canvas_engineering.plan import BlockSparsePlan
 
 #: Shared memory that one program may use, in bytes.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-#: Columns of tensor memory of an sm_100 multiprocessor.
-TENSOR_COLUMNS = 512
 TENSOR_INSTRUCTION = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _INSTRUCTION_PATTERN = {
     "mma": r"\bmma\.sync",
@@ -98,12 +96,15 @@ def compile_report(target: str, head_dim: int, dtype: str, plan: BlockSparsePlan
         BackendError: An argument is not one of those above, or the process interprets its kernels.
     """
     check_arguments(target, head_dim, dtype)
-    variant = Variant(
+    many_sets = plan.max_sets > 1 if plan is not None else True
+    variant = Variant(  # as for training
         head_dim=head_dim,
         block_q=plan.block_q if plan is not None else 128,
         block_kv=plan.block_kv if plan is not None else 128,
         contiguous=plan.is_contiguous if plan is not None else True,
-        many_sets=plan.max_sets > 1 if plan is not None else True,
+        many_sets=many_sets,
+        store_sets=many_sets,
+        skip_dead=True,
     )
     reports = [report(kernel, variant, dtype, target) for kernel in (*table.KERNELS, "delta")]
     spilling = [f"{one.name} spills {one.stack_bytes} bytes per thread" for one in reports if one.stack_bytes]

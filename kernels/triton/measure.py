@@ -146,7 +146,7 @@ class Problem:
                     out=self.out,
                     lse=self.lse,
                     set_out=self.set_out,
-                    skip_dead=self.set_out is None,
+                    skip_dead=True,
                     config=config,
                 )
             case "delta":

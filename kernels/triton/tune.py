@@ -129,7 +129,8 @@ def make_jobs(architecture: str, head_dims: Sequence[int], dtypes: Sequence[str]
             for key in table_keys((head_dim,), (dtype,)):
                 first = (shipped[key],) if key in shipped else ()
                 others = candidates(key, nearest_architecture(architecture))
-                jobs.append(KernelJob(key, tuple(dict.fromkeys([*first, *others]))))
+                if configs := tuple(dict.fromkeys([*first, *others])):
+                    jobs.append(KernelJob(key, configs))
             jobs.append(TileJob(head_dim, dtype))
     return jobs
 
