@@ -30,25 +30,29 @@ def availability() -> tuple[bool, str]:
         return True, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, slow"
     if not torch.cuda.is_available():
         return False, "needs an NVIDIA or AMD GPU, and torch.cuda.is_available() is False"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < MINIMUM_CAPABILITY:
-        return False, (
-            f"needs compute capability at least {_dotted(MINIMUM_CAPABILITY)}, "
-            f"got {_dotted(torch.cuda.get_device_capability())}"
-        )
+    if (reason := _capability_reason(torch.cuda.current_device())) is not None:
+        return False, reason
     return True, f"triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+@torch.compiler.assume_constant_result
+def _capability_reason(device: torch.device | int) -> str | None:
+    """Why the kernels cannot run on this one of the machine's GPUs."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    needed, got = (".".join(map(str, version)) for version in (MINIMUM_CAPABILITY, capability))
+    return f"needs compute capability at least {needed}, got {got} ({torch.cuda.get_device_name(device)})"
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
-    """Whether the kernels are run by Triton's interpreter, which is settled when triton is first imported."""
-    from triton.runtime.interpreter import InterpretedFunction
+    """Whether the kernels are run by Triton's interpreter, which is settled when they are first imported."""
+    from canvas_engineering.kernels.triton.tiles import INTERPRETED
 
-    from canvas_engineering.kernels.triton.forward import forward_kernel
-
-    return isinstance(forward_kernel, InterpretedFunction)
+    return bool(INTERPRETED.value)
 
 
 def reasons(
@@ -111,8 +115,11 @@ def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weigh
         found.append(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if ok and interpreted() and q.device.type != "cpu":
         found.append(f"TRITON_INTERPRET=1 runs tensors on the CPU only, got device {q.device}")
-    if ok and not interpreted() and q.device.type != "cuda":
-        found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
+    if ok and not interpreted():
+        if q.device.type != "cuda":
+            found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
+        elif (reason := _capability_reason(q.device)) is not None:
+            found.append(reason)
     if row_weight is not None and not isinstance(row_weight, torch.Tensor):
         found.append(f"row_weight must be a torch tensor, got {type(row_weight).__name__}")
     elif row_weight is not None and row_weight.device != q.device:
@@ -125,11 +132,9 @@ def _dtype_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[st
         dtypes = {torch.get_autocast_dtype(q.device.type)}  # which the call casts its operands to
     else:
         dtypes = {q.dtype, k.dtype, v.dtype}
-    # The interpreter multiplies the bit patterns of bfloat16 as integers.
-    allowed = DTYPES[:2] if q.device.type == "cpu" else DTYPES
-    if len(dtypes) == 1 and dtypes <= set(allowed):
+    if len(dtypes) == 1 and dtypes <= set(DTYPES):
         return []
-    names = [str(dtype).removeprefix("torch.") for dtype in allowed]
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     got = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return [f"q, k and v must have one dtype of {', '.join(names)}, got {got}"]
 
@@ -161,7 +166,8 @@ def attention(
         seed: Seed of the dropout mask: an int, or an int64 tensor with one element, which a CUDA graph can update.
         return_lse: Also return the natural log-sum-exp of the scaled scores, ``(B, Hq, Nq)`` float32, -inf for
             rows without keys.
-        allow_tf32: Multiply float32 in TF32; None follows ``torch.backends.cuda.matmul.allow_tf32``.
+        allow_tf32: Multiply float32 in TF32; None follows ``torch.backends.cuda.matmul.fp32_precision``, which
+            ``torch.set_float32_matmul_precision("high")`` sets as well.
 
     Returns:
         ``(B, Hq, Nq, D)`` in the dtype and the memory order of ``q``, or that and the log-sum-exp.
@@ -194,7 +200,8 @@ def attention(
         save = SAVE_SETS if per_set else SAVE_LSE
         columns = _lowered_columns(plan, q.device)
     if allow_tf32 is None:
-        allow_tf32 = q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        # Not `allow_tf32`, which raises once the program has set `fp32_precision`.
+        allow_tf32 = q.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
     # torch.compile takes the operator as it is; transforms of torch.func need an autograd.Function around it.
     operator: Any = torch.ops.canvas_engineering.block_sparse_attention

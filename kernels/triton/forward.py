@@ -23,6 +23,8 @@ from canvas_engineering.kernels.triton.tiles import (
     dropout_keep,
     dropout_rows,
     load_rows,
+    product,
+    rounded,
     row_pointers,
     sigmoid2,
     store_rows,
@@ -172,7 +174,7 @@ def forward_kernel(
                 p_k_rows = row_pointers(p_k, stride_kn, k_tokens, o_d)
                 p_v_rows = row_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
 
                 if mask_id >= 0:
                     allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False)
@@ -195,7 +197,7 @@ def forward_kernel(
                     keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
                     b_p = tl.where(keep, b_p, 0.0)
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+                b_acc = product(rounded(b_p, b_v.dtype), b_v, b_acc, PRECISION)
 
             # The barrier ends the loop's software pipeline before registers are needed for the sum over sets; without
             # it the compiler overlaps the two and spills.

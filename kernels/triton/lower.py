@@ -16,6 +16,7 @@ from canvas_engineering.plan.bits import pack_masks
 
 _INT32_MAX = 2**31 - 1
 _MAX_BLOCK = 256  # keys of the largest block
+_MIN_BLOCK = 32  # of tiles that are more than one block
 
 
 @dataclass(frozen=True)
@@ -171,14 +172,14 @@ def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
     """The plan's tensors on ``device``, made once per plan and device.
 
     Raises:
-        PlanError: The plan has more list elements or weights than 32-bit indices reach.
+        PlanError: The plan has more list elements, weights or steps than 32-bit indices reach.
     """
 
     def lower(plan: BlockSparsePlan) -> LoweredPlan:
-        if plan.row_weight.size > _INT32_MAX:
-            raise PlanError(
-                f"the triton backend needs a plan of at most {_INT32_MAX} row weights, got {plan.row_weight.size}"
-            )
+        blocks = -(-max(plan.block_q, plan.block_kv) // _MIN_BLOCK)
+        for what, count in (("row weights", plan.row_weight.size), ("blocks of tiles", plan.num_entries * blocks)):
+            if count > _INT32_MAX:
+                raise PlanError(f"the triton backend needs a plan of at most {_INT32_MAX} {what}, got {count}")
         tokens = np.zeros(1, np.int32)
         if not plan.is_contiguous:
             # Padding becomes token 0: safe to load, and left out by counts and masks.

@@ -1,7 +1,7 @@
 """The PyTorch operators ``canvas_engineering::block_sparse_attention`` and its backward.
 
-Functional, with the plan flattened to tensors and numbers. Fake, autograd and vmap rules are registered, so the
-operators work under ``torch.compile(fullgraph=True)``, ``torch.func`` and CUDA-graph capture. The backward is an
+Functional, with the plan flattened to tensors and numbers. Fake, autograd, autocast and vmap rules are registered, so
+the operators work under ``torch.compile(fullgraph=True)``, ``torch.func`` and CUDA-graph capture. The backward is an
 operator of its own, without a derivative.
 """
 
@@ -276,9 +276,27 @@ def _vmap(operator: str) -> Callable[..., tuple[Tensors, tuple[int, ...]]]:
     return rule
 
 
-for _key in ("CPU", "CUDA"):
+# -- autocast -----------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str) -> Callable[..., Tensors]:
+    """The autocast rule of the forward operator: q, k and v in the dtype of autocast, the row weights as they are."""
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> Tensors:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            result: Tensors = torch.ops.canvas_engineering.block_sparse_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), *arguments
+            )
+        return result
+
+    return rule
+
+
+for _key in ("CPU", "CUDA"):  # ROCm devices are CUDA devices to torch
     _library.impl("block_sparse_attention", _forward, _key)
     _library.impl("block_sparse_attention_backward", _backward, _key)
+    _library.impl("block_sparse_attention", _autocast(_key.lower()), f"Autocast{_key}")
 torch.library.register_fake(FORWARD, _outputs, lib=_library)
 torch.library.register_fake(BACKWARD, _gradients, lib=_library)
 torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context, lib=_library)
