@@ -386,7 +386,7 @@ def is_floating(array: Any) -> bool:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise CanvasError(f"{name} must be a finite number, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for dynamic numbers
         raise CanvasError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 

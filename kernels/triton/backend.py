@@ -195,8 +195,9 @@ def attention(
 
     save = SAVE_NOTHING
     columns = lowered.tokens  # a stand-in where no backward pass will read it
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, weight)):
-        per_set = weight.requires_grad or (lowered.many_sets and activation == "softmax")
+    grad_weight = row_weight is not None and row_weight.requires_grad
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or grad_weight):
+        per_set = grad_weight or (lowered.many_sets and activation == "softmax")
         save = SAVE_SETS if per_set else SAVE_LSE
         columns = _lowered_columns(plan, q.device)
     if allow_tf32 is None:

@@ -54,7 +54,9 @@ from canvas_engineering.kernels.triton.tiles import (
     tile_mask,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# The binary logarithm of e, float32 and the rest: one rounding, as in the forward kernel.
+LOG2E_HIGH = tl.constexpr(1.44269502162933349609375)
+LOG2E_LOW = tl.constexpr(1.925962991126618e-08)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -139,7 +141,8 @@ def delta_kernel(
         empty = b_lse == float("-inf")
         # Rows without keys have no part in the result, whatever its gradient there is: 0 * NaN would be NaN.
         tl.store(p_delta + o_lse, tl.where(empty, 0.0, b_delta), mask=m_m)
-        tl.store(p_shift + o_lse, tl.where(empty, float("inf"), b_lse * LOG2E), mask=m_m)
+        b_shift = tl.math.fma(b_lse, LOG2E_HIGH, b_lse * LOG2E_LOW)
+        tl.store(p_shift + o_lse, tl.where(empty, float("inf"), b_shift), mask=m_m)
 
 
 @triton.jit(do_not_specialize=COUNTS)

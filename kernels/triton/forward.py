@@ -31,7 +31,10 @@ from canvas_engineering.kernels.triton.tiles import (
     tile_mask,
 )
 
-LN2 = tl.constexpr(0.6931471805599453)
+# The logarithm of 2, float32 and the rest. A log-sum-exp is as large as the scores, and what it is off by is a relative
+# error of the backward pass's probabilities: it gets one rounding, not one for each operation.
+LN2_HIGH = tl.constexpr(0.693147182464599609375)
+LN2_LOW = tl.constexpr(-1.904654299957768e-09)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -206,11 +209,13 @@ def forward_kernel(
             if SIGMOID:
                 inverse = tl.full([BLOCK_M], 1.0, tl.float32)
             else:
-                # A row without keys has sum 0 and maximum -inf: output 0 / 1, log-sum-exp -inf + log 1.
+                # A row without keys has sum 0 and maximum -inf: output 0 / 1.
                 b_sum = tl.where(b_sum > 0.0, b_sum, 1.0)
                 inverse = 1.0 / b_sum
                 if STORE_LSE:
-                    b_lse = b_max * LN2 + tl.log(b_sum)
+                    b_lse = tl.math.fma(b_max, LN2_LOW, tl.log(b_sum))
+                    b_lse = tl.math.fma(b_max, LN2_HIGH, b_lse)
+                    b_lse = tl.where(b_max == float("-inf"), float("-inf"), b_lse)
                     tl.store(p_lse + o_lse, b_lse, mask=m_lse)
             if DROPOUT:
                 inverse = inverse * dropout_scale
