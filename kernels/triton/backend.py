@@ -81,8 +81,9 @@ def reasons(
     if not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
         names = ", ".join(type(t).__name__ for t in (q, k, v))
         return [*found, f"q, k and v must be torch tensors, got {names}"]
-    found += _device_reasons(q, k, v, row_weight, ok)
+    found += _device_reasons(q, k, v, ok)
     found += _dtype_reasons(q, k, v)
+    found += _weight_reasons(q, plan, row_weight)
     if not (q.ndim == k.ndim == v.ndim == 4):
         return [*found, f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim}, {v.ndim}"]
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
@@ -109,7 +110,7 @@ def reasons(
     return found
 
 
-def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weight: Any, ok: bool) -> list[str]:
+def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ok: bool) -> list[str]:
     found = []
     if not (q.device == k.device == v.device):
         found.append(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
@@ -120,10 +121,20 @@ def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weigh
             found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
         elif (reason := _capability_reason(q.device)) is not None:
             found.append(reason)
+    return found
+
+
+def _weight_reasons(q: torch.Tensor, plan: BlockSparsePlan, row_weight: Any) -> list[str]:
+    found = []
     if row_weight is not None and not isinstance(row_weight, torch.Tensor):
         found.append(f"row_weight must be a torch tensor, got {type(row_weight).__name__}")
-    elif row_weight is not None and row_weight.device != q.device:
-        found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
+    elif row_weight is not None:
+        if row_weight.device != q.device:
+            found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
+        if tuple(row_weight.shape) != plan.row_weight.shape:
+            found.append(f"row_weight must have shape {plan.row_weight.shape}, got {tuple(row_weight.shape)}")
+        if not row_weight.is_floating_point():
+            found.append(f"row_weight must have a floating-point dtype, got {_name(row_weight.dtype)}")
     return found
 
 
@@ -134,9 +145,12 @@ def _dtype_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[st
         dtypes = {q.dtype, k.dtype, v.dtype}
     if len(dtypes) == 1 and dtypes <= set(DTYPES):
         return []
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    got = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return [f"q, k and v must have one dtype of {', '.join(names)}, got {got}"]
+    got = ", ".join(sorted(map(_name, dtypes)))
+    return [f"q, k and v must have one dtype of {', '.join(map(_name, DTYPES))}, got {got}"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def attention(
@@ -176,6 +190,7 @@ def attention(
     """
     # Imported here: the operators register themselves, and triton may be missing where only reasons are asked for.
     from canvas_engineering.kernels.triton.operator import (
+        SAVE_DEAD_SETS,
         SAVE_LSE,
         SAVE_NOTHING,
         SAVE_SETS,
@@ -197,8 +212,10 @@ def attention(
     columns = lowered.tokens  # a stand-in where no backward pass will read it
     grad_weight = row_weight is not None and row_weight.requires_grad
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or grad_weight):
-        per_set = grad_weight or (lowered.many_sets and activation == "softmax")
-        save = SAVE_SETS if per_set else SAVE_LSE
+        if grad_weight:
+            save = SAVE_DEAD_SETS
+        else:
+            save = SAVE_SETS if lowered.many_sets and activation == "softmax" else SAVE_LSE
         columns = _lowered_columns(plan, q.device)
     if allow_tf32 is None:
         # Not `allow_tf32`, which raises once the program has set `fp32_precision`.

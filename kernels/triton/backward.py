@@ -139,7 +139,8 @@ def delta_kernel(
             b_delta = b_delta - tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
         b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("-inf"))
         empty = b_lse == float("-inf")
-        # Rows without keys have no part in the result, whatever its gradient there is: 0 * NaN would be NaN.
+        # Rows without keys and sets that were skipped have no part in the result, whatever the gradient is there and
+        # whatever the memory holds that was not written: 0 * NaN would be NaN.
         tl.store(p_delta + o_lse, tl.where(empty, 0.0, b_delta), mask=m_m)
         b_shift = tl.math.fma(b_lse, LOG2E_HIGH, b_lse * LOG2E_LOW)
         tl.store(p_shift + o_lse, tl.where(empty, float("inf"), b_shift), mask=m_m)

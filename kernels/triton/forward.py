@@ -90,7 +90,8 @@ def forward_kernel(
     Per set: online softmax over its kv tiles; tiles without a mask jump over the masking. The weighted sum over
     sets stays in registers. ``p_lse`` gets the natural log-sum-exp, per token ``(B*H, num_q)`` when a tile has
     at most one set, else per set row ``(B*H, num_sets, BLOCK_Q)``; ``p_set_out`` each set's own output
-    ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for.
+    ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for. With ``SKIP_DEAD`` a set whose
+    weights are 0 in the whole block costs one load; its log-sum-exp is -inf and its own output is not written.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N

@@ -19,8 +19,9 @@ NAMESPACE = "canvas_engineering"
 FORWARD = f"{NAMESPACE}::block_sparse_attention"
 BACKWARD = f"{NAMESPACE}::block_sparse_attention_backward"
 
-# What a forward call leaves for the backward pass: nothing; the log-sum-exp; that and the output of every set.
-SAVE_NOTHING, SAVE_LSE, SAVE_SETS = 0, 1, 2
+# What a forward call leaves for the backward pass: nothing; the log-sum-exp; that and the output of every set that has
+# a weight; or of every set, which the derivative by the weights needs.
+SAVE_NOTHING, SAVE_LSE, SAVE_SETS, SAVE_DEAD_SETS = range(4)
 
 _PLAN = (
     "Tensor rows, Tensor columns, Tensor tokens, Tensor masks, Tensor row_weight, "
@@ -68,7 +69,7 @@ def _outputs(
     return (
         torch.empty_like(q),
         q.new_empty(_lse_shape(q, plan) if store_lse else (0,), dtype=torch.float32),
-        q.new_empty((*q.shape[:2], *plan.row_weight.shape, q.shape[3]) if save == SAVE_SETS else (0,)),
+        q.new_empty((*q.shape[:2], *plan.row_weight.shape, q.shape[3]) if save >= SAVE_SETS else (0,)),
     )
 
 
@@ -86,9 +87,9 @@ def _forward(
             options,
             out=out,
             lse=lse if lse.numel() else None,
-            set_out=set_out if save == SAVE_SETS else None,
+            set_out=set_out if save >= SAVE_SETS else None,
             # The log-sum-exp and the derivative by a weight do not depend on the weight being 0.
-            skip_dead=save != SAVE_SETS and not return_lse,
+            skip_dead=save != SAVE_DEAD_SETS and not return_lse,
         )
     return out, lse, set_out
 
@@ -188,7 +189,7 @@ def _autograd(
     weight_place = 3 + _ROW_WEIGHT
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
     needs = (need_q, need_k or need_v, need_k or need_v, ctx.needs_input_grad[weight_place])
-    if save == SAVE_NOTHING or (needs[3] and save != SAVE_SETS):
+    if save == SAVE_NOTHING or (needs[3] and save != SAVE_DEAD_SETS):
         raise RuntimeError(
             f"{FORWARD} was called with save={save}, which does not keep what these gradients need; "
             f"call block_sparse_attention, which chooses save by what requires a gradient"

@@ -6,27 +6,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from equivalence.build import plan_from_dense
 
 from canvas_engineering import block_sparse_attention
 from canvas_engineering.plan import BlockSparsePlan
-from equivalence.build import plan_from_dense
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def two_sets() -> BlockSparsePlan:
-    """37 queries, 41 keys: two weighted softmax sets, partial tiles, padding, rows without keys."""
-    masks = np.zeros((2, 37, 41), np.bool_)
-    masks[0, :20, :23] = True
-    masks[1, 10:33, 5::2] = True
+    """21 queries, 27 keys: two weighted softmax sets, full and partial tiles, padding, rows without keys."""
+    masks = np.zeros((2, 21, 27), np.bool_)
+    masks[0, :16, :20] = True
+    masks[1, 6:19, 5::2] = True
     weights = np.random.default_rng(0).uniform(0.2, 1.0, masks.shape[:2])
     return plan_from_dense(masks, weights, block_q=16, block_kv=16)
 
 
 def one_set() -> BlockSparsePlan:
-    """A band of 37 queries and 41 keys, whose last rows have no keys."""
-    mask = np.abs(np.arange(37)[:, None] - np.arange(41)) < 9
-    mask[35:] = False
+    """A band of 21 queries and 27 keys, whose last rows have no keys."""
+    mask = np.abs(np.arange(21)[:, None] - np.arange(27)) < 7
+    mask[19:] = False
     return plan_from_dense(mask[None], block_q=16, block_kv=16)
 
 
