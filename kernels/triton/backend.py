@@ -139,14 +139,19 @@ def _weight_reasons(q: torch.Tensor, plan: BlockSparsePlan, row_weight: Any) -> 
 
 
 def _dtype_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    if torch.is_autocast_enabled(q.device.type):
-        dtypes = {torch.get_autocast_dtype(q.device.type)}  # which the call casts its operands to
-    else:
-        dtypes = {q.dtype, k.dtype, v.dtype}
+    autocast = _autocast_dtype(q.device)
+    dtypes = {q.dtype, k.dtype, v.dtype} if autocast is None else {autocast}
     if len(dtypes) == 1 and dtypes <= set(DTYPES):
         return []
     got = ", ".join(sorted(map(_name, dtypes)))
     return [f"q, k and v must have one dtype of {', '.join(map(_name, DTYPES))}, got {got}"]
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What a call casts its operands to; torch raises for the types of device that have no autocast."""
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -197,9 +202,9 @@ def attention(
         BlockSparseAttention,
     )
 
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    autocast = _autocast_dtype(q.device)
+    if autocast is not None:
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
     if scale <= 0:
         # The kernels multiply a row's maximum by the scale, so they want a positive one.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
@@ -218,8 +223,7 @@ def attention(
             save = SAVE_SETS if lowered.many_sets and activation == "softmax" else SAVE_LSE
         columns = _lowered_columns(plan, q.device)
     if allow_tf32 is None:
-        # Not `allow_tf32`, which raises once the program has set `fp32_precision`.
-        allow_tf32 = q.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        allow_tf32 = q.device.type == "cuda" and tf32_allowed()
 
     # torch.compile takes the operator as it is; transforms of torch.func need an autograd.Function around it.
     operator: Any = torch.ops.canvas_engineering.block_sparse_attention
@@ -248,6 +252,12 @@ def attention(
         own_weight,
     )
     return (out, lse) if return_lse else out
+
+
+def tf32_allowed() -> bool:
+    """What torch is told about float32 products on GPUs."""
+    # Not `allow_tf32`, which raises once the program has set `fp32_precision`; the latter knows of both.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 # Called while torch.compile traces, not traced themselves: their results are constants of (plan, device).

@@ -253,6 +253,22 @@ def test_sets_with_weight_zero_are_not_computed(device: str, activation: str, ke
     torch.testing.assert_close(grads, torch.autograd.grad(want.sum(), finite))
 
 
+def test_part_of_a_tile_without_weight(device: str) -> None:
+    """Rows that the forward kernel skips in a tile that it does not: their own output is never written."""
+    plan = plan_of_tiles(96, 32)
+    row_weight = torch.from_numpy(plan.row_weight.copy())
+    row_weight[0, :40] = 0  # one block of 32 rows, and some of the next
+    row_weight[1, 32:] = 0
+    row_weight = row_weight.to(device)
+    leaves = operands(plan, device, batch=1, requires_grad=True)
+    with poisoned_memory():
+        out = triton(*leaves, plan, row_weight=row_weight)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+    want = portable(*leaves, plan, row_weight=row_weight)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(grads, torch.autograd.grad(want.square().sum(), leaves))
+
+
 def test_dead_sets_leave_the_list_of_the_keys(device: str) -> None:
     """The entries that stay keep their order, whatever their number: the compaction runs in blocks of 128."""
     mask = np.ones((1, 8 * 300, 8), np.bool_)
