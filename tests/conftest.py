@@ -1,9 +1,10 @@
-"""Shared by all tests: markers that need hardware, and a Hypothesis profile that is the same everywhere."""
+"""Shared by all tests: markers that need hardware or an interpreter, and one Hypothesis profile everywhere."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,9 +24,24 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+#: Whether this process runs Triton kernels on the CPU. It is settled before the first of them is imported.
+INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_LEFT_OUT = pytest.StashKey[set[Path]]()
+
+
+@pytest.fixture
+def modules_left_out(pytestconfig: pytest.Config) -> set[Path]:
+    """The modules whose interpreted tests this process leaves to another."""
+    return pytestconfig.stash.get(_LEFT_OUT, set())
+
+
 def _gpu_reason() -> str | None:
     import torch
 
+    if INTERPRETS_TRITON:
+        return "TRITON_INTERPRET=1 runs kernels on the CPU"
     return None if torch.cuda.is_available() else "torch finds no NVIDIA or AMD GPU"
 
 
@@ -39,7 +55,13 @@ def _libtpu_reason() -> str | None:
     return None if find_spec("libtpu") else "libtpu is not installed: make test-tpu installs it"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    interpreted = [item for item in items if item.get_closest_marker("interpreted")]
+    if interpreted and not INTERPRETS_TRITON:
+        # Not skipped: test_triton_interpreted.py runs them, in processes of their own.
+        config.stash[_LEFT_OUT] = {item.path for item in interpreted}
+        config.hook.pytest_deselected(items=interpreted)
+        items[:] = [item for item in items if item not in set(interpreted)]
     for marker, find_reason in (("gpu", _gpu_reason), ("tpu", _tpu_reason), ("libtpu", _libtpu_reason)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = find_reason() if marked else None

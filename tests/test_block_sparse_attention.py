@@ -18,6 +18,7 @@ from canvas_engineering import Availability, available_backends, block_sparse_at
 from canvas_engineering.attention import api
 from canvas_engineering.attention.api import Choice, choose_backend
 from canvas_engineering.errors import BackendError, CanvasError, PlanError
+from canvas_engineering.kernels.triton import backend as triton_backend
 from canvas_engineering.plan import BlockSparsePlan
 
 PLAN = BY_NAME["several_sets"].plan()
@@ -127,9 +128,10 @@ def test_auto_passes_over_a_backend_on_a_stated_reason(monkeypatch: pytest.Monke
     """As on a GPU, where triton stands first."""
     monkeypatch.setattr(api, "_preference", lambda q: ("triton", "portable"))
     monkeypatch.setattr(api, "_availability", lambda name: Availability(name != "triton", "no such device"))
+    monkeypatch.setattr(triton_backend, "reasons", lambda *_, **__: ["a head_dim of its own"])
     choice = choose(tensors())
-    assert choice == Choice("portable", {"triton": ["no such device"]})
-    assert str(choice) == "portable; not triton: no such device"
+    assert choice == Choice("portable", {"triton": ["no such device", "a head_dim of its own"]})
+    assert str(choice) == "portable; not triton: no such device, a head_dim of its own"
 
 
 def test_auto_prefers_the_kernels_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

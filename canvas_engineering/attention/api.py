@@ -190,10 +190,8 @@ def backend_reasons(
     found = _array_reasons(name, q)
     # An array of its framework is all that a backend without a device of its own needs.
     available = _availability(name) if name in _NEEDS or found else Availability(True, "")
-    if not available:
-        return [*found, available.reason]
     if found:
-        return found
+        return found if available else [*found, available.reason]
     reasons: list[str] = _backend_module(name).reasons(
         q,
         k,
@@ -204,7 +202,7 @@ def backend_reasons(
         dropout_p=dropout_p,
         row_weight=row_weight,
     )
-    return reasons
+    return reasons if available or available.reason in reasons else [available.reason, *reasons]
 
 
 # -- backends -----------------------------------------------------------------------------------------------
@@ -386,7 +384,7 @@ def is_floating(array: Any) -> bool:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise CanvasError(f"{name} must be a finite number, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace for dynamic numbers
         raise CanvasError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 

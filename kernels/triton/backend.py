@@ -30,25 +30,29 @@ def availability() -> tuple[bool, str]:
         return True, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, slow"
     if not torch.cuda.is_available():
         return False, "needs an NVIDIA or AMD GPU, and torch.cuda.is_available() is False"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < MINIMUM_CAPABILITY:
-        return False, (
-            f"needs compute capability at least {_dotted(MINIMUM_CAPABILITY)}, "
-            f"got {_dotted(torch.cuda.get_device_capability())}"
-        )
+    if (reason := _capability_reason(torch.cuda.current_device())) is not None:
+        return False, reason
     return True, f"triton {triton.__version__} on {torch.cuda.get_device_name()}"
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+@torch.compiler.assume_constant_result
+def _capability_reason(device: torch.device | int) -> str | None:
+    """Why the kernels cannot run on this one of the machine's GPUs."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MINIMUM_CAPABILITY:
+        return None
+    needed, got = (".".join(map(str, version)) for version in (MINIMUM_CAPABILITY, capability))
+    return f"needs compute capability at least {needed}, got {got} ({torch.cuda.get_device_name(device)})"
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
-    """Whether the kernels are run by Triton's interpreter, which is settled when triton is first imported."""
-    from triton.runtime.interpreter import InterpretedFunction
+    """Whether the kernels are run by Triton's interpreter, which is settled when they are first imported."""
+    from canvas_engineering.kernels.triton.tiles import INTERPRETED
 
-    from canvas_engineering.kernels.triton.forward import forward_kernel
-
-    return isinstance(forward_kernel, InterpretedFunction)
+    return bool(INTERPRETED.value)
 
 
 def reasons(
@@ -77,8 +81,9 @@ def reasons(
     if not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
         names = ", ".join(type(t).__name__ for t in (q, k, v))
         return [*found, f"q, k and v must be torch tensors, got {names}"]
-    found += _device_reasons(q, k, v, row_weight, ok)
+    found += _device_reasons(q, k, v, ok)
     found += _dtype_reasons(q, k, v)
+    found += _weight_reasons(q, plan, row_weight)
     if not (q.ndim == k.ndim == v.ndim == 4):
         return [*found, f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim}, {v.ndim}"]
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
@@ -105,33 +110,52 @@ def reasons(
     return found
 
 
-def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_weight: Any, ok: bool) -> list[str]:
+def _device_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ok: bool) -> list[str]:
     found = []
     if not (q.device == k.device == v.device):
         found.append(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if ok and interpreted() and q.device.type != "cpu":
         found.append(f"TRITON_INTERPRET=1 runs tensors on the CPU only, got device {q.device}")
-    if ok and not interpreted() and q.device.type != "cuda":
-        found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
+    if ok and not interpreted():
+        if q.device.type != "cuda":
+            found.append(f"needs tensors on an NVIDIA or AMD GPU, got device {q.device}")
+        elif (reason := _capability_reason(q.device)) is not None:
+            found.append(reason)
+    return found
+
+
+def _weight_reasons(q: torch.Tensor, plan: BlockSparsePlan, row_weight: Any) -> list[str]:
+    found = []
     if row_weight is not None and not isinstance(row_weight, torch.Tensor):
         found.append(f"row_weight must be a torch tensor, got {type(row_weight).__name__}")
-    elif row_weight is not None and row_weight.device != q.device:
-        found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
+    elif row_weight is not None:
+        if row_weight.device != q.device:
+            found.append(f"row_weight must be on the device of q, {q.device}, got {row_weight.device}")
+        if tuple(row_weight.shape) != plan.row_weight.shape:
+            found.append(f"row_weight must have shape {plan.row_weight.shape}, got {tuple(row_weight.shape)}")
+        if not row_weight.is_floating_point():
+            found.append(f"row_weight must have a floating-point dtype, got {_name(row_weight.dtype)}")
     return found
 
 
 def _dtype_reasons(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[str]:
-    if torch.is_autocast_enabled(q.device.type):
-        dtypes = {torch.get_autocast_dtype(q.device.type)}  # which the call casts its operands to
-    else:
-        dtypes = {q.dtype, k.dtype, v.dtype}
-    # The interpreter multiplies the bit patterns of bfloat16 as integers.
-    allowed = DTYPES[:2] if q.device.type == "cpu" else DTYPES
-    if len(dtypes) == 1 and dtypes <= set(allowed):
+    autocast = _autocast_dtype(q.device)
+    dtypes = {q.dtype, k.dtype, v.dtype} if autocast is None else {autocast}
+    if len(dtypes) == 1 and dtypes <= set(DTYPES):
         return []
-    names = [str(dtype).removeprefix("torch.") for dtype in allowed]
-    got = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return [f"q, k and v must have one dtype of {', '.join(names)}, got {got}"]
+    got = ", ".join(sorted(map(_name, dtypes)))
+    return [f"q, k and v must have one dtype of {', '.join(map(_name, DTYPES))}, got {got}"]
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What a call casts its operands to; torch raises for the types of device that have no autocast."""
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def attention(
@@ -161,7 +185,8 @@ def attention(
         seed: Seed of the dropout mask: an int, or an int64 tensor with one element, which a CUDA graph can update.
         return_lse: Also return the natural log-sum-exp of the scaled scores, ``(B, Hq, Nq)`` float32, -inf for
             rows without keys.
-        allow_tf32: Multiply float32 in TF32; None follows ``torch.backends.cuda.matmul.allow_tf32``.
+        allow_tf32: Multiply float32 in TF32; None follows ``torch.backends.cuda.matmul.fp32_precision``, which
+            ``torch.set_float32_matmul_precision("high")`` sets as well.
 
     Returns:
         ``(B, Hq, Nq, D)`` in the dtype and the memory order of ``q``, or that and the log-sum-exp.
@@ -170,15 +195,16 @@ def attention(
     """
     # Imported here: the operators register themselves, and triton may be missing where only reasons are asked for.
     from canvas_engineering.kernels.triton.operator import (
+        SAVE_DEAD_SETS,
         SAVE_LSE,
         SAVE_NOTHING,
         SAVE_SETS,
         BlockSparseAttention,
     )
 
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    autocast = _autocast_dtype(q.device)
+    if autocast is not None:
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
     if scale <= 0:
         # The kernels multiply a row's maximum by the scale, so they want a positive one.
         q, scale = (-q, -scale) if scale < 0 else (0 * q, 1.0)
@@ -189,12 +215,15 @@ def attention(
 
     save = SAVE_NOTHING
     columns = lowered.tokens  # a stand-in where no backward pass will read it
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, weight)):
-        per_set = weight.requires_grad or (lowered.many_sets and activation == "softmax")
-        save = SAVE_SETS if per_set else SAVE_LSE
+    grad_weight = row_weight is not None and row_weight.requires_grad
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or grad_weight):
+        if grad_weight:
+            save = SAVE_DEAD_SETS
+        else:
+            save = SAVE_SETS if lowered.many_sets and activation == "softmax" else SAVE_LSE
         columns = _lowered_columns(plan, q.device)
     if allow_tf32 is None:
-        allow_tf32 = q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        allow_tf32 = q.device.type == "cuda" and tf32_allowed()
 
     # torch.compile takes the operator as it is; transforms of torch.func need an autograd.Function around it.
     operator: Any = torch.ops.canvas_engineering.block_sparse_attention
@@ -223,6 +252,12 @@ def attention(
         own_weight,
     )
     return (out, lse) if return_lse else out
+
+
+def tf32_allowed() -> bool:
+    """What torch is told about float32 products on GPUs."""
+    # Not `allow_tf32`, which raises once the program has set `fp32_precision`; the latter knows of both.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 # Called while torch.compile traces, not traced themselves: their results are constants of (plan, device).

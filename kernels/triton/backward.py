@@ -46,13 +46,17 @@ from canvas_engineering.kernels.triton.tiles import (
     dropout_keep,
     dropout_rows,
     load_rows,
+    product,
+    rounded,
     row_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
+# The binary logarithm of e, float32 and the rest: one rounding, as in the forward kernel.
+LOG2E_HIGH = tl.constexpr(1.44269502162933349609375)
+LOG2E_LOW = tl.constexpr(1.925962991126618e-08)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -134,8 +138,12 @@ def delta_kernel(
             # d lse / d score = p, which enters ds with the opposite sign of delta.
             b_delta = b_delta - tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
         b_lse = tl.load(p_lse + o_lse, mask=m_m, other=float("-inf"))
-        tl.store(p_delta + o_lse, b_delta, mask=m_m)
-        tl.store(p_shift + o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_m)
+        empty = b_lse == float("-inf")
+        # Rows without keys and sets that were skipped have no part in the result, whatever the gradient is there and
+        # whatever the memory holds that was not written: 0 * NaN would be NaN.
+        tl.store(p_delta + o_lse, tl.where(empty, 0.0, b_delta), mask=m_m)
+        b_shift = tl.math.fma(b_lse, LOG2E_HIGH, b_lse * LOG2E_LOW)
+        tl.store(p_shift + o_lse, tl.where(empty, float("inf"), b_shift), mask=m_m)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -269,8 +277,8 @@ def backward_q_kernel(
                 p_v_rows = row_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_dp = product(b_do, tl.trans(b_v), None, PRECISION)  # [BLOCK_M, BLOCK_N]
                 if mask_id >= 0:
                     # Before exp2, which may overflow for a pair that its row's log-sum-exp leaves out.
                     allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False)
@@ -288,7 +296,7 @@ def backward_q_kernel(
                     b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[:, None])
                 else:
                     b_ds = b_p * tl.math.fma(b_dp, b_w[:, None], -b_delta[:, None])
-                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+                b_dq = product(rounded(b_ds, b_k.dtype), b_k, b_dq, PRECISION)
 
     # The addresses of the output again, rather than kept through the loop: there registers are short.
     position = tl.load(p_tile + Q_TILE_POSITION)
@@ -426,7 +434,7 @@ def backward_kv_kernel(
         b_do = load_rows(p_do_rows, m_m, o_d, HEAD_DIM, D)  # [BLOCK_M, D]
         b_w = tl.load(p_weight + s * BLOCK_Q + o_m, mask=m_m, other=0.0)
 
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        b_s = product(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         if mask_id >= 0:
             allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, True)
             b_s = tl.where(allowed, b_s, float("-inf"))
@@ -441,19 +449,19 @@ def backward_kv_kernel(
             b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
             b_p = tl.math.exp2(tl.math.fma(b_s, scale_log2, -b_shift[None, :]))
 
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        b_dp = product(b_v, tl.trans(b_do), None, PRECISION)  # [BLOCK_N, BLOCK_M]
         b_pw = b_p * b_w[None, :]
         if DROPOUT:
             dropout_row = dropout_rows(p_seed, batch_head, q_tokens)
             keep = dropout_keep(dropout_row[None, :], k_tokens[:, None], dropout_threshold)
             b_pw = tl.where(keep, b_pw * dropout_scale, 0.0)
             b_dp = tl.where(keep, b_dp * dropout_scale, 0.0)
-        b_dv = tl.dot(b_pw.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dv = product(rounded(b_pw, b_do.dtype), b_do, b_dv, PRECISION)
         if SIGMOID:
             b_ds = b_p * (1.0 - b_p) * (b_dp * b_w[None, :])
         else:
             b_ds = b_p * tl.math.fma(b_dp, b_w[None, :], -b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_dk = product(rounded(b_ds, b_q.dtype), b_q, b_dk, PRECISION)
 
     position = tl.load(p_tile + KV_TILE_POSITION)
     m_n = o_n < tl.load(p_tile + KV_TILE_COUNT)

@@ -23,13 +23,18 @@ from canvas_engineering.kernels.triton.tiles import (
     dropout_keep,
     dropout_rows,
     load_rows,
+    product,
+    rounded,
     row_pointers,
     sigmoid2,
     store_rows,
     tile_mask,
 )
 
-LN2 = tl.constexpr(0.6931471805599453)
+# The logarithm of 2, float32 and the rest. A log-sum-exp is as large as the scores, and what it is off by is a relative
+# error of the backward pass's probabilities: it gets one rounding, not one for each operation.
+LN2_HIGH = tl.constexpr(0.693147182464599609375)
+LN2_LOW = tl.constexpr(-1.904654299957768e-09)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -85,7 +90,8 @@ def forward_kernel(
     Per set: online softmax over its kv tiles; tiles without a mask jump over the masking. The weighted sum over
     sets stays in registers. ``p_lse`` gets the natural log-sum-exp, per token ``(B*H, num_q)`` when a tile has
     at most one set, else per set row ``(B*H, num_sets, BLOCK_Q)``; ``p_set_out`` each set's own output
-    ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for.
+    ``(B*H, num_sets, BLOCK_Q, HEAD_DIM)``, which only the backward pass asks for. With ``SKIP_DEAD`` a set whose
+    weights are 0 in the whole block costs one load; its log-sum-exp is -inf and its own output is not written.
     """
     M_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
     N_BLOCKS: tl.constexpr = (BLOCK_KV + BLOCK_N - 1) // BLOCK_N
@@ -172,7 +178,7 @@ def forward_kernel(
                 p_k_rows = row_pointers(p_k, stride_kn, k_tokens, o_d)
                 p_v_rows = row_pointers(p_v, stride_vn, k_tokens, o_d)
                 b_k = load_rows(p_k_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
 
                 if mask_id >= 0:
                     allowed = tile_mask(p_masks, mask_id, o_m, o_n, n_start, BLOCK_Q, BLOCK_KV, BLOCK_N, False)
@@ -195,7 +201,7 @@ def forward_kernel(
                     keep = dropout_keep(dropout_row[:, None], k_tokens[None, :], dropout_threshold)
                     b_p = tl.where(keep, b_p, 0.0)
                 b_v = load_rows(p_v_rows, m_n, o_d, HEAD_DIM, D)  # [BLOCK_N, D]
-                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+                b_acc = product(rounded(b_p, b_v.dtype), b_v, b_acc, PRECISION)
 
             # The barrier ends the loop's software pipeline before registers are needed for the sum over sets; without
             # it the compiler overlaps the two and spills.
@@ -204,11 +210,13 @@ def forward_kernel(
             if SIGMOID:
                 inverse = tl.full([BLOCK_M], 1.0, tl.float32)
             else:
-                # A row without keys has sum 0 and maximum -inf: output 0 / 1, log-sum-exp -inf + log 1.
+                # A row without keys has sum 0 and maximum -inf: output 0 / 1.
                 b_sum = tl.where(b_sum > 0.0, b_sum, 1.0)
                 inverse = 1.0 / b_sum
                 if STORE_LSE:
-                    b_lse = b_max * LN2 + tl.log(b_sum)
+                    b_lse = tl.math.fma(b_max, LN2_LOW, tl.log(b_sum))
+                    b_lse = tl.math.fma(b_max, LN2_HIGH, b_lse)
+                    b_lse = tl.where(b_max == float("-inf"), float("-inf"), b_lse)
                     tl.store(p_lse + o_lse, b_lse, mask=m_lse)
             if DROPOUT:
                 inverse = inverse * dropout_scale

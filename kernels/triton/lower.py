@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +17,11 @@ from canvas_engineering.kernels.triton import layout
 from canvas_engineering.plan import BlockSparsePlan
 from canvas_engineering.plan.bits import pack_masks
 
+Lowered = TypeVar("Lowered")
+
 _INT32_MAX = 2**31 - 1
 _MAX_BLOCK = 256  # keys of the largest block
+_MIN_BLOCK = 32  # of tiles that are more than one block
 
 
 @dataclass(frozen=True)
@@ -171,14 +177,14 @@ def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
     """The plan's tensors on ``device``, made once per plan and device.
 
     Raises:
-        PlanError: The plan has more list elements or weights than 32-bit indices reach.
+        PlanError: The plan has more list elements, weights or steps than 32-bit indices reach.
     """
 
     def lower(plan: BlockSparsePlan) -> LoweredPlan:
-        if plan.row_weight.size > _INT32_MAX:
-            raise PlanError(
-                f"the triton backend needs a plan of at most {_INT32_MAX} row weights, got {plan.row_weight.size}"
-            )
+        blocks = -(-max(plan.block_q, plan.block_kv) // _MIN_BLOCK)
+        for what, count in (("row weights", plan.row_weight.size), ("blocks of tiles", plan.num_entries * blocks)):
+            if count > _INT32_MAX:
+                raise PlanError(f"the triton backend needs a plan of at most {_INT32_MAX} {what}, got {count}")
         tokens = np.zeros(1, np.int32)
         if not plan.is_contiguous:
             # Padding becomes token 0: safe to load, and left out by counts and masks.
@@ -196,12 +202,27 @@ def lower_plan(plan: BlockSparsePlan, device: torch.device) -> LoweredPlan:
             many_sets=plan.max_sets > 1,
         )
 
-    return plan.lowered(("triton", "rows", str(device)), lower)
+    return _kept(plan, ("triton", "rows", str(device)), lower)
 
 
 def lower_columns(plan: BlockSparsePlan, device: torch.device) -> torch.Tensor:
     """The plan seen from the keys, packed as in ``layout``, on ``device``; only the backward pass needs it."""
-    return plan.lowered(("triton", "columns", str(device)), lambda plan: _to(pack_columns(plan), device))
+    return _kept(plan, ("triton", "columns", str(device)), lambda plan: _to(pack_columns(plan), device))
+
+
+def _kept(plan: BlockSparsePlan, key: Hashable, lower: Callable[[BlockSparsePlan], Lowered]) -> Lowered:
+    """``lower(plan)``, made once and kept with the plan.
+
+    In a thread of its own, where no transform of ``torch.func`` is active: what is kept must be plain tensors.
+    """
+
+    def apart(plan: BlockSparsePlan) -> Lowered:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lower, plan).result()
+
+    if type(torch.empty(0)) is torch.Tensor:
+        return plan.lowered(key, apart)
+    return lower(plan)  # fake tensors: for this call only
 
 
 def _to(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:

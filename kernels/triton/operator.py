@@ -1,7 +1,7 @@
 """The PyTorch operators ``canvas_engineering::block_sparse_attention`` and its backward.
 
-Functional, with the plan flattened to tensors and numbers. Fake, autograd and vmap rules are registered, so the
-operators work under ``torch.compile(fullgraph=True)``, ``torch.func`` and CUDA-graph capture. The backward is an
+Functional, with the plan flattened to tensors and numbers. Fake, autograd, autocast and vmap rules are registered, so
+the operators work under ``torch.compile(fullgraph=True)``, ``torch.func`` and CUDA-graph capture. The backward is an
 operator of its own, without a derivative.
 """
 
@@ -19,8 +19,9 @@ NAMESPACE = "canvas_engineering"
 FORWARD = f"{NAMESPACE}::block_sparse_attention"
 BACKWARD = f"{NAMESPACE}::block_sparse_attention_backward"
 
-# What a forward call leaves for the backward pass: nothing; the log-sum-exp; that and the output of every set.
-SAVE_NOTHING, SAVE_LSE, SAVE_SETS = 0, 1, 2
+# What a forward call leaves for the backward pass: nothing; the log-sum-exp; that and the output of every set that has
+# a weight; or of every set, which the derivative by the weights needs.
+SAVE_NOTHING, SAVE_LSE, SAVE_SETS, SAVE_DEAD_SETS = range(4)
 
 _PLAN = (
     "Tensor rows, Tensor columns, Tensor tokens, Tensor masks, Tensor row_weight, "
@@ -68,7 +69,7 @@ def _outputs(
     return (
         torch.empty_like(q),
         q.new_empty(_lse_shape(q, plan) if store_lse else (0,), dtype=torch.float32),
-        q.new_empty((*q.shape[:2], *plan.row_weight.shape, q.shape[3]) if save == SAVE_SETS else (0,)),
+        q.new_empty((*q.shape[:2], *plan.row_weight.shape, q.shape[3]) if save >= SAVE_SETS else (0,)),
     )
 
 
@@ -86,9 +87,9 @@ def _forward(
             options,
             out=out,
             lse=lse if lse.numel() else None,
-            set_out=set_out if save == SAVE_SETS else None,
+            set_out=set_out if save >= SAVE_SETS else None,
             # The log-sum-exp and the derivative by a weight do not depend on the weight being 0.
-            skip_dead=save != SAVE_SETS and not return_lse,
+            skip_dead=save != SAVE_DEAD_SETS and not return_lse,
         )
     return out, lse, set_out
 
@@ -188,7 +189,7 @@ def _autograd(
     weight_place = 3 + _ROW_WEIGHT
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
     needs = (need_q, need_k or need_v, need_k or need_v, ctx.needs_input_grad[weight_place])
-    if save == SAVE_NOTHING or (needs[3] and save != SAVE_SETS):
+    if save == SAVE_NOTHING or (needs[3] and save != SAVE_DEAD_SETS):
         raise RuntimeError(
             f"{FORWARD} was called with save={save}, which does not keep what these gradients need; "
             f"call block_sparse_attention, which chooses save by what requires a gradient"
@@ -276,9 +277,27 @@ def _vmap(operator: str) -> Callable[..., tuple[Tensors, tuple[int, ...]]]:
     return rule
 
 
-for _key in ("CPU", "CUDA"):
+# -- autocast -----------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str) -> Callable[..., Tensors]:
+    """The autocast rule of the forward operator: q, k and v in the dtype of autocast, the row weights as they are."""
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> Tensors:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            result: Tensors = torch.ops.canvas_engineering.block_sparse_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), *arguments
+            )
+        return result
+
+    return rule
+
+
+for _key in ("CPU", "CUDA"):  # ROCm devices are CUDA devices to torch
     _library.impl("block_sparse_attention", _forward, _key)
     _library.impl("block_sparse_attention_backward", _backward, _key)
+    _library.impl("block_sparse_attention", _autocast(_key.lower()), f"Autocast{_key}")
 torch.library.register_fake(FORWARD, _outputs, lib=_library)
 torch.library.register_fake(BACKWARD, _gradients, lib=_library)
 torch.library.register_autograd(FORWARD, _autograd, setup_context=_setup_context, lib=_library)

@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: loading tiles of tokens, tile masks and dropout bits.
+"""Device functions shared by the kernels: tiles of tokens, products, tile masks and dropout bits.
 
 Vocabulary of all kernels here: a *tile* is one of the plan (``BLOCK_Q`` rows, ``BLOCK_KV`` keys); a *block* is
 the part of a tile that one step computes (``BLOCK_M`` rows, ``BLOCK_N`` keys, powers of two). A tile is a whole
@@ -20,6 +20,10 @@ COUNTS = (
     "num_sets",
     "q_tiles",
 )
+
+
+#: Whether Triton's interpreter runs the kernels, which is settled when this module is imported.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -55,7 +59,26 @@ def store_rows(pointers, value, inside, o_d, HEAD_DIM: tl.constexpr, D: tl.const
     mask = inside[:, None]
     if HEAD_DIM != D:
         mask = mask & (o_d < HEAD_DIM)[None, :]
-    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(value, pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Float32 ``x`` in ``dtype``, to nearest even; the interpreter would cut bfloat16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a b`` in float32 (``acc`` may be None); the interpreter would multiply the bit patterns of bfloat16."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

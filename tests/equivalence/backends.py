@@ -6,11 +6,13 @@ where a gap is declared the backend must refuse with a ``BackendError``, never c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from canvas_engineering.attention.api import block_sparse_attention
@@ -33,6 +35,7 @@ class Backend:
         refuses: ``(plan, inputs, dtype, options) -> bool``: further declared gaps.
         block_q, block_kv: Tile sizes at which the cases are built.
         device: The torch device of the operands.
+        poisoned: Memory that it allocates holds NaN, so that an element that it does not write is seen.
         unavailable: Why it cannot run in this process, or an empty string. Its tests are then skipped with this reason.
     """
 
@@ -43,10 +46,11 @@ class Backend:
     block_q: int = 16
     block_kv: int = 16
     device: str = "cpu"
+    poisoned: bool = False
     unavailable: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.framework}"
+        return f"{self.name}-{self.framework}" + ("" if self.device == "cpu" else f"-{self.device}")
 
     def run(self, plan: BlockSparsePlan, inputs: Inputs, dtype: str, options: Options) -> Arrays:
         """Forward and all gradients, as float64 NumPy: ``out``, ``dq``, ``dk``, ``dv`` [, ``lse``, ``drow_weight``].
@@ -56,6 +60,9 @@ class Backend:
         match self.framework:
             case "numpy":
                 return _run_numpy(self, plan, inputs, dtype, options)
+            case "torch" if self.poisoned:
+                with poisoned_memory():
+                    return _run_torch(self, plan, inputs, dtype, options)
             case "torch":
                 return _run_torch(self, plan, inputs, dtype, options)
             case "jax":
@@ -106,6 +113,18 @@ def _run_numpy(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: s
     if options.override_weight:
         arrays["drow_weight"] = grads.row_weight
     return arrays
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch leaves uninitialised is NaN (integers: their largest value)."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)  # which includes torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _run_torch(backend: Backend, plan: BlockSparsePlan, inputs: Inputs, dtype: str, options: Options) -> Arrays:
@@ -174,4 +193,21 @@ PORTABLE_TORCH = Backend("portable", "torch")
 PORTABLE_JAX = Backend("portable", "jax")
 #: In TPU interpret mode off TPUs, where every grid step costs milliseconds: the fewest tiles that TPUs allow.
 PALLAS = Backend("pallas", "jax", dtypes=("bfloat16", "float32"), block_q=128, block_kv=128)
-BACKENDS = (REFERENCE, PORTABLE_TORCH, PORTABLE_JAX, PALLAS)
+TRITON_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def _no_triton_kernel(plan: BlockSparsePlan, inputs: Inputs, dtype: str, options: Options) -> bool:
+    return not 8 <= inputs.q.shape[3] <= 256
+
+
+#: By Triton's interpreter on the CPU, in a process of its own: see ``test_triton_interpreted.py``.
+TRITON_INTERPRETED = Backend("triton", "torch", dtypes=TRITON_DTYPES, refuses=_no_triton_kernel, poisoned=True)
+TRITON_GPU = replace(TRITON_INTERPRETED, device="cuda")
+BACKENDS = (
+    REFERENCE,
+    PORTABLE_TORCH,
+    PORTABLE_JAX,
+    PALLAS,
+    pytest.param(TRITON_INTERPRETED, marks=pytest.mark.interpreted),
+    pytest.param(TRITON_GPU, marks=pytest.mark.gpu),
+)

@@ -72,8 +72,9 @@ def rounding(plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str
 
     Where terms cancel (the score gradient ``p (dp - sum(p dp))`` of a row with one key is 0), a dense computation
     may happen to be exact, while one that forms the same sum in another way is off by a rounding of the terms.
-    A backward pass recomputes probabilities as ``exp(score - lse)``; the rounding of the log-sum-exp, which is
-    held in float32 or wider, is a relative error of the probability.
+    A backward pass recomputes probabilities as ``exp(score - lse)``; the roundings of the log-sum-exp and of the
+    score, whose products it may add in another order than the forward pass did, are relative errors of the
+    probability. Both are held in float32 or wider.
     """
     q, k, v, grad_out, grad_lse = (
         torch.from_numpy(x) for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out, inputs.grad_lse)
@@ -96,7 +97,7 @@ def rounding(plan: BlockSparsePlan, inputs: Inputs, options: Options, dtype: str
         out += eps * weight.abs()[:, None] * one
         dweight[slot] = eps_wide * (grad_out.abs() * one).sum((0, 1, 3))
         lse += eps_wide * (lse_one + (prob * score_terms).sum(-1))
-        prob = prob * (eps + eps_wide * lse_one[..., None])
+        prob = prob * (eps + eps_wide * (lse_one[..., None] + score_terms))
         terms = prob * ((grad @ v_heads.abs().transpose(-1, -2)) * keep + grad_lse.abs()[..., None] * options.lse)
         dq += abs(scale) * (terms @ k_heads.abs())
         dk += abs(scale) * (terms.transpose(-1, -2) @ q.abs())

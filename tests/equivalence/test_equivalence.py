@@ -57,7 +57,7 @@ def test_dtypes(backend: Backend, name: str, dtype: str) -> None:
     check(backend, BY_NAME[name], dtype, Options(override_weight=True))
 
 
-@pytest.mark.parametrize("head_dim", [1, 24, 128])
+@pytest.mark.parametrize("head_dim", [1, 8, 24, 128])
 def test_head_dims(backend: Backend, head_dim: int) -> None:
     case = Case("head_dim", BY_NAME["several_sets"].build, heads_q=1, heads_kv=1, head_dim=head_dim)
     check(backend, case, "float32", Options())

@@ -9,7 +9,14 @@ from canvas_strategies import layouts, topologies
 from hypothesis import given, settings, strategies as st
 
 from canvas_engineering.plan import BlockSparsePlan, Softmax
-from equivalence.backends import PORTABLE_JAX, PORTABLE_TORCH, REFERENCE, Backend
+from equivalence.backends import (
+    PORTABLE_JAX,
+    PORTABLE_TORCH,
+    REFERENCE,
+    TRITON_GPU,
+    TRITON_INTERPRETED,
+    Backend,
+)
 from equivalence.cases import Options, make_inputs
 from equivalence.tolerance import assert_close, round_inputs
 
@@ -61,3 +68,17 @@ def test_random_canvases(backend: Backend, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_random_canvases_on_jax(data: st.DataObject) -> None:
     agree(PORTABLE_JAX, data)
+
+
+# Interpreting takes a second an example.
+@pytest.mark.interpreted
+@settings(max_examples=15)
+@given(data=st.data())
+def test_random_canvases_interpreted(data: st.DataObject) -> None:
+    agree(TRITON_INTERPRETED, data)
+
+
+@pytest.mark.gpu
+@given(data=st.data())
+def test_random_canvases_on_the_gpu(data: st.DataObject) -> None:
+    agree(TRITON_GPU, data)
