@@ -113,10 +113,13 @@ def test_tiles_that_no_tpu_takes(compiled: Any, capsys: pytest.CaptureFixture[st
 def test_a_tile_with_too_many_entries(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled()
     monkeypatch.setattr(lowering, "LIST_BYTES", 4)
-    report = compile_report("v5e", 64, "float32", plan_from_dense(np.ones((1, 16, 300), bool), block_q=16, block_kv=128))
+    report = compile_report(
+        "v5e", 64, "float32", plan_from_dense(np.ones((1, 16, 300), bool), block_q=16, block_kv=128)
+    )
     assert not report["fits"]
-    assert "the entries of one q tile must fit into 4 bytes of TPU scalar memory: at most 1 entries, got 3" in (
-        report["sentence"]
+    assert (
+        "the entries of one q tile must fit into 4 bytes of TPU scalar memory: at most 1 entries, got 3"
+        in (report["sentence"])
     )
 
 
@@ -233,7 +236,9 @@ def test_every_target(target: str) -> None:
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float32"), (256, "float32"), (256, "bfloat16"), (40, "bfloat16")])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "float32"), (256, "float32"), (256, "bfloat16"), (40, "bfloat16")]
+)
 def test_every_head_dim(head_dim: int, dtype: str) -> None:
     plan = small_plan()
     check(compile_report("v5e", head_dim, dtype, plan), head_dim, dtype, plan)
