@@ -29,7 +29,6 @@ from canvas_engineering.kernels.pallas.attention import plan_attention
 from canvas_engineering.kernels.pallas.backend import interpret_here
 from canvas_engineering.plan import BlockSparsePlan
 
-
 #: These tests spend their time in XLA's compiler.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -119,7 +119,7 @@ def test_mask_info_of_a_million_positions_and_of_shards_that_do_not_divide() -> 
         info = plan.to_mask_info(q_seq_shards=8, is_dkv=is_dkv)
         assert np.count_nonzero(info.block_mask) == plan.num_entries
         assert (info.data_next.nbytes + info.block_mask.nbytes) / 8 < 2**20  # what scalar memory holds, per shard
-    with pytest.raises(ValueError, match="q_seq_shards must divide .*, got 3 and 2048"):
+    with pytest.raises(ValueError, match=r"q_seq_shards must divide .*, got 3 and 2048"):
         plan.to_mask_info(q_seq_shards=3)
 
 
