@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Eight simulated devices for the tests of sharding; must be set before JAX starts.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Before JAX starts. Eight simulated devices for the tests of sharding; and little optimisation, because these tests
+# spend their time in XLA's compiler. What the environment says goes first.
+_XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_given, *(flag for flag in _XLA_FLAGS if flag.split("=")[0] not in _given)]).strip()
 
 settings.register_profile(
     "default",

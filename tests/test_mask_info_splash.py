@@ -14,11 +14,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (  # noqa: E402
     splash_attention_mask as masks,
 )
 
+from canvas_engineering.canvas import CanvasLayout  # noqa: E402
+from canvas_engineering.connectivity import CanvasTopology  # noqa: E402
 from canvas_engineering.kernels.pallas.mask_info import (  # noqa: E402
     MaskInfo,
     mask_info_from_blocks,
     process_mask,
 )
+from canvas_engineering.kernels.reference.attention import attention_backward, attention_forward  # noqa: E402
+from canvas_engineering.plan import BlockSparsePlan  # noqa: E402
 
 BLOCK, ROWS, COLUMNS, HEADS, HEAD_DIM = 128, 4, 3, 2, 128
 
@@ -139,3 +143,42 @@ def test_splash_kernel_computes_the_masked_attention(source: str, q_seq_shards: 
         # As accurate as NumPy is in float32, up to the order of summation.
         bound = 4 * np.abs(same - truth).max()
         assert np.abs(ours - truth).max() <= bound, name
+
+
+def test_splash_kernel_computes_a_plan() -> None:
+    """A topology's plan, its tokens permuted, through ``to_mask_info``: the reference's numbers and gradients."""
+    regions = {"a": (0, 3, 0, 6, 0, 16), "b": (0, 3, 6, 10, 0, 16)}
+    layout = CanvasLayout(T=3, H=10, W=16, d_model=8, regions=regions)
+    topology = CanvasTopology.causal_temporal(["a", "b"])
+    plan = BlockSparsePlan.from_topology(topology, layout, softmax="joint", block_q=BLOCK, block_kv=BLOCK)
+    assert plan.num_masks
+    assert (plan.row_weight[plan.q_tokens >= 0] > 0).all()  # a key for every query
+    rng = np.random.default_rng(3)
+    q, k, v, d_out = (rng.standard_normal((1, HEADS, plan.num_q, HEAD_DIM)).astype(np.float32) for _ in range(4))
+    q /= np.sqrt(HEAD_DIM)
+
+    def to_tiles(x: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return np.where(tokens.ravel()[:, None] >= 0, x[0][:, tokens.ravel()], 0)
+
+    def from_tiles(x: Any, tokens: np.ndarray) -> np.ndarray:
+        found = np.zeros(q.shape[1:], np.float32)
+        real = tokens.ravel() >= 0
+        found[:, tokens.ravel()[real]] = np.asarray(x)[:, real]
+        return found
+
+    infos = (jax.tree.map(jnp.asarray, plan.to_mask_info(is_dkv=is_dkv)) for is_dkv in (False, True))
+    results = splash_attention_and_gradients(
+        *infos,
+        *(to_tiles(x, t) for x, t in ((q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens))),
+        to_tiles(d_out, plan.q_tokens),
+    )
+    tokens = (plan.q_tokens, plan.q_tokens, plan.kv_tokens, plan.kv_tokens)
+    out, dq, dk, dv = (from_tiles(x, t) for x, t in zip(results, tokens, strict=True))
+    grads = attention_backward(q, k, v, plan, d_out, None, scale=1.0)
+    truth, _ = attention_forward(q, k, v, plan, scale=1.0)
+    dense = np.logical_or.reduce(plan.to_dense()[0], axis=0)
+    single = attention_and_gradients(q[0], k[0], v[0], dense, d_out[0])
+    exact = (truth[0], grads.q[0], grads.k[0], grads.v[0])
+    for name, ours, wanted, same in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), exact, single, strict=True):
+        # As accurate as NumPy is in float32, up to the order of summation.
+        assert np.abs(ours - wanted).max() <= 4 * np.abs(same - wanted).max(), name

@@ -26,7 +26,11 @@ from canvas_engineering.attention.api import available_backends, backend_reasons
 from canvas_engineering.errors import BackendError
 from canvas_engineering.kernels.pallas import lowering
 from canvas_engineering.kernels.pallas.attention import plan_attention
+from canvas_engineering.kernels.pallas.backend import interpret_here
 from canvas_engineering.plan import BlockSparsePlan
+
+#: These tests spend their time in XLA's compiler.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def two_sets(block_q: int = 16) -> BlockSparsePlan:
@@ -127,14 +131,26 @@ def races_found() -> bool:
     return bool(state is not None and state.races_found)
 
 
-def test_two_cores_do_not_race() -> None:
+@pytest.mark.parametrize("options", [{}, {"activation": "sigmoid", "dropout_p": 0.3}], ids=["weights", "dropout"])
+def test_two_cores_do_not_race(options: dict[str, Any]) -> None:
     """Heads are declared independent: two simulated cores share them, forward and backward."""
     plan = two_sets()
-    racing = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    arrays = operands(plan, heads=2)
-    gradients = jax.jit(jax.grad(squared(attend(plan, racing)), (0, 1, 2)))(*arrays)
+    seed = jnp.array([1, 2], jnp.uint32) if options else None
+    q, k, v = operands(plan, heads=2)
+    arrays = (
+        (q, k[:, :1], v[:, :1]) if options else (q, k, v)
+    )  # query heads that share a kv head are no two cores' work
+
+    def gradients(interpret: Any) -> Any:
+        function = squared(attend(plan, interpret, **options))
+        return jax.jit(jax.grad(function, (0, 1, 2, 3)), compiler_options=QUICK)(
+            *arrays, jnp.asarray(plan.row_weight), seed
+        )
+
+    racing = gradients(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
     assert not races_found()
-    assert_same(gradients, jax.jit(jax.grad(squared(attend(plan)), (0, 1, 2)))(*arrays))
+    for one, other in zip(racing, gradients(True), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_the_detector_sees_a_race() -> None:
@@ -152,6 +168,42 @@ def test_the_detector_sees_a_race() -> None:
         interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
     )().block_until_ready()
     assert races_found()
+
+
+# -- what TPU interpret mode sees: the controls --------------------------------------------------------------
+
+
+def copy_blocks(index: Callable[[Any], Any], writes: bool) -> Array:
+    """Two blocks copied in the mode in which the suite runs the kernels; block ``i`` is read at ``index(i)``."""
+
+    def copy(x: Any, out: Any) -> None:
+        if writes:
+            out[...] = x[...]
+
+    x = jnp.ones((16, 128))
+    block = (8, 128)
+    out = pl.pallas_call(
+        copy,
+        out_shape=x,
+        grid=(2,),
+        in_specs=[pl.BlockSpec(block, lambda i: (index(i), 0))],
+        out_specs=pl.BlockSpec(block, lambda i: (i, 0)),
+        interpret=interpret_here(),
+    )(x)
+    return jax.block_until_ready(out)
+
+
+def test_reads_out_of_bounds_raise() -> None:
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Out-of-bounds block index"):
+            copy_blocks(lambda i: i + 1, writes=True)
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_what_is_never_written_is_nan() -> None:
+    assert (np.asarray(copy_blocks(lambda i: i, writes=True)) == 1).all()
+    assert np.isnan(copy_blocks(lambda i: i, writes=False)).all()
 
 
 # -- transformations ----------------------------------------------------------------------------------------
@@ -186,6 +238,26 @@ def test_vmap_in_tpu_interpret_mode() -> None:
     assert_same(out[1], attend(plan)(2 * q, 2 * k, 2 * v))
 
 
+def test_shard_map_over_the_batch() -> None:
+    """A caller's own ``shard_map``, also outside of ``jit``: keys are shared, so their gradient is a sum."""
+    plan = plan_from_dense(np.tri(20, dtype=bool)[None], block_q=16, block_kv=128)
+    q, k, v = operands(plan)
+    q = jnp.concatenate([q, 2 * q])
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("batch",))
+    spec = jax.sharding.PartitionSpec
+
+    def run(q: Array, k: Array, v: Array) -> Array:
+        return attend(plan)(q, k, v)
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(spec("batch"), spec(), spec()), out_specs=spec("batch"), check_vma=False
+    )
+    expected = jnp.concatenate([run(q[:1], k, v), run(q[1:], k, v)])
+    assert_same(sharded(q, k, v), expected)
+
+
 def test_checkpoint_and_scan() -> None:
     plan = plan_from_dense(np.ones((1, 20, 20), np.bool_), block_q=16, block_kv=128)
     q, k, v = operands(plan)
@@ -208,13 +280,13 @@ def test_equal_plans_share_one_compilation() -> None:
     """So do other weights: which regions are active is data."""
     jitted: Any = plan_attention
     q, k, v = operands(two_sets())
-    first = attend(two_sets())(q, k, v)
+    first = attend(two_sets(), scale=0.7)(q, k, v)  # a scale of its own: no other test has compiled it
     compiled = jitted._cache_size()
-    assert_same(attend(two_sets())(q, k, v), first)
+    assert_same(attend(two_sets(), scale=0.7)(q, k, v), first)
     assert jitted._cache_size() == compiled
     weight = jnp.asarray(two_sets().row_weight)
-    attend(two_sets())(q, k, v, weight)
-    attend(two_sets())(q, k, v, 0 * weight)
+    for factor in (1, 0, 2):
+        attend(two_sets(), scale=0.7)(q, k, v, factor * weight)
     assert jitted._cache_size() == compiled + 1
 
 

@@ -124,6 +124,7 @@ def test_lists_say_what_the_plan_says(case: Case, blocks: tuple[int, int]) -> No
 def test_chunks_end_between_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in CASES if case.name == name)
     plan = case.plan(8, 16)
+    monkeypatch.setattr(lowering, "_SPREAD_SHARE", 1 << 40)
     whole = lower_plan(plan)
     most = max(int(np.diff(plan.entry_ptr[plan.set_ptr]).max()), int(np.diff(plan.transpose.entry_ptr).max()))
     monkeypatch.setattr(lowering, "LIST_BYTES", 4 * whole.row_format.words * (most + 1))
@@ -143,10 +144,13 @@ def test_entries_of_a_tile_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
         lower_plan(plan)
 
 
-def test_fields_take_as_few_words_as_they_need() -> None:
+def test_fields_take_as_few_words_as_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_from_dense(np.ones((1, 64, 64), np.bool_), block_q=8, block_kv=8)
     form = lower_plan(plan).row_format
     assert dict(form.fields).keys() == {"tile", "other", "flags"}, "sets are numbered like tiles, and no mask is needed"
+    assert form.words == 3, "a short list: a word each"
+    monkeypatch.setattr(lowering, "_SPREAD_SHARE", 1 << 40)
+    form = lower_plan(plan).row_format
     assert form.words == 1
     assert (form.has_full, form.has_masked) == (True, False)
 

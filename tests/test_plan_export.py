@@ -84,7 +84,9 @@ def test_exports_need_one_softmax_per_row(export: object) -> None:
         export(ragged_plan("connection"))  # type: ignore[operator]
 
 
-def test_mask_info_is_that_of_the_dense_mask() -> None:
+@pytest.mark.parametrize("is_dkv", [False, True])
+@pytest.mark.parametrize("q_seq_shards", [1, 2])
+def test_mask_info_is_that_of_the_dense_mask(is_dkv: bool, q_seq_shards: int) -> None:
     masks = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")
     from canvas_engineering.kernels.pallas.mask_info import process_mask
 
@@ -92,18 +94,33 @@ def test_mask_info_is_that_of_the_dense_mask() -> None:
     plan = BlockSparsePlan.from_topology(
         CanvasTopology.causal_temporal(["a", "b"]), layout, softmax="joint", block_q=128, block_kv=128
     )
-    got = plan.to_mask_info()
+    got = plan.to_mask_info(q_seq_shards=q_seq_shards, is_dkv=is_dkv)
     expected, _ = process_mask(
         masks.MultiHeadMask([masks.NumpyMask(dense_in_plan_order(plan))]),
         (128, 128),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=q_seq_shards,
+        is_dkv=is_dkv,
     )
     for name in ("data_next", "mask_next", "block_mask", "partial_mask_blocks"):
         left, right = getattr(got, name), getattr(expected, name)
         assert (left is None) == (right is None), name
         if left is not None:
             np.testing.assert_array_equal(left, right, err_msg=name)
+
+
+def test_mask_info_of_a_million_positions_and_of_shards_that_do_not_divide() -> None:
+    layout = CanvasLayout(T=64, H=128, W=128, d_model=8, regions={"all": (0, 64, 0, 128, 0, 128)})
+    plan = BlockSparsePlan.from_topology(
+        CanvasTopology.causal_temporal(["all"]), layout, softmax="joint", block_q=512, block_kv=512
+    )
+    assert plan.num_q == 2**20
+    for is_dkv in (False, True):
+        info = plan.to_mask_info(q_seq_shards=8, is_dkv=is_dkv)
+        assert np.count_nonzero(info.block_mask) == plan.num_entries
+        assert (info.data_next.nbytes + info.block_mask.nbytes) / 8 < 2**20  # what scalar memory holds, per shard
+    with pytest.raises(ValueError, match=r"q_seq_shards must divide .*, got 3 and 2048"):
+        plan.to_mask_info(q_seq_shards=3)
 
 
 def test_the_picture_tells_full_from_partial_and_empty() -> None:

@@ -55,7 +55,7 @@ def entry_rows(plan: BlockSparsePlan) -> NDArray[np.int64]:
     return plan.entry_ptr[plan.set_ptr].astype(np.int64)
 
 
-def to_mask_info(plan: BlockSparsePlan, head_shards: int, q_seq_shards: int) -> Any:
+def to_mask_info(plan: BlockSparsePlan, head_shards: int, q_seq_shards: int, is_dkv: bool) -> Any:
     """See :meth:`BlockSparsePlan.to_mask_info`."""
     _require_one_set(plan, "MaskInfo")
     from canvas_engineering.kernels.pallas.mask_info import mask_info_from_blocks
@@ -72,6 +72,7 @@ def to_mask_info(plan: BlockSparsePlan, head_shards: int, q_seq_shards: int) -> 
         partial_mask_blocks=unpack_masks(masks),
         head_shards=head_shards,
         q_seq_shards=q_seq_shards,
+        is_dkv=is_dkv,
     )
 
 

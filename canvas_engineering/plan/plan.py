@@ -441,15 +441,19 @@ class BlockSparsePlan:
 
         return plot_plan(self, path)
 
-    def to_mask_info(self, head_shards: int = 1, q_seq_shards: int = 1) -> Any:
+    def to_mask_info(self, head_shards: int = 1, q_seq_shards: int = 1, *, is_dkv: bool = False) -> Any:
         """The ``MaskInfo`` of JAX's Splash attention for this plan, in plan order; joint plans only.
 
+        Its kernel takes one for the forward and dQ passes, and one with ``is_dkv=True``. Time and memory follow the
+        visited tiles. Splash leaves rows without keys undefined.
+
         Raises:
-            PlanError: The plan has more than one softmax set per row, or the shards do not divide.
+            PlanError: The plan has more than one softmax set per row.
+            CanvasError: (a ``ValueError``) the shards do not divide the plan's q tiles.
         """
         from canvas_engineering.plan.export import to_mask_info
 
-        return to_mask_info(self, head_shards, q_seq_shards)
+        return to_mask_info(self, head_shards, q_seq_shards, is_dkv)
 
     def to_block_mask(self, device: Any = "cpu") -> Any:
         """The ``BlockMask`` of PyTorch's FlexAttention for this plan, in plan order; joint plans only.
