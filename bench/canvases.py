@@ -117,7 +117,7 @@ DENSITIES = (0.05, 0.1, 0.25, 0.5)
 #: (frames, rows and columns) of the computer-use canvas for cost over length: more frames, 1,024 to 16,384 positions.
 LENGTHS = ((1, 32), (2, 32), (4, 32), (8, 32), (16, 32))
 #: The same for building plans, 2,048 to 1,048,576 positions.
-BUILD_LENGTHS = ((8, 16), (8, 32), (16, 32), (16, 64), (32, 64), (64, 64), (64, 128))
+BUILD_LENGTHS = ((8, 16), (8, 32), (16, 32), (32, 32), (16, 64), (32, 64), (64, 64), (64, 128))
 
 _CANVASES = [
     Canvas("robot", "robot, 320", "examples/canvases/robot.json", partial(_example, "robot"), True),

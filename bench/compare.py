@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.cases import DTYPE
 from bench.results import FOLDER, Results, git
 from canvas_engineering.errors import CanvasError
 
@@ -79,10 +80,10 @@ def _times(results: Results) -> dict[str, list[float]]:
 
 def _speed(before: Results, after: Results) -> float:
     """How much faster the machine's matrix product was in the second run."""
-    both = before.ceilings.keys() & after.ceilings.keys()
-    if "float32" not in both:
+    dtype = DTYPE[before.kind]
+    if dtype not in before.ceilings or dtype not in after.ceilings:
         return 1.0
-    return float(after.ceilings["float32"]["matmul"] / before.ceilings["float32"]["matmul"])
+    return float(after.ceilings[dtype]["matmul"] / before.ceilings[dtype]["matmul"])
 
 
 def _change(name: str, before: list[float] | None, after: list[float] | None, speed: float) -> Change:

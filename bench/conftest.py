@@ -14,9 +14,13 @@ from bench import machine
 from bench.build_cost import Built
 from bench.cases import Scale
 from bench.peers import old_release
+from bench.progress import Progress
 from bench.results import FOLDER, Measured, Results, commit, today
 from bench.roofline import Ceilings, measure_ceilings
 from bench.summary import case_line
+from bench.targets import targets
+from canvas_engineering.cli.output import table
+from canvas_engineering.errors import SchemaError
 
 #: Files whose benchmarks take long and have no place in the quick run.
 FULL_ONLY = ("bench_mask_info.py",)
@@ -33,7 +37,8 @@ class Recorder:
     built: dict[tuple[str, str], Built]
     ceilings: dict[str, Ceilings] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-    bar: Any = None
+    progress: Progress | None = None
+    commit: str | None = field(default_factory=commit)
 
     @property
     def scale(self) -> Scale:
@@ -44,6 +49,27 @@ class Recorder:
         self.lines.append(case_line(self.results.cases[-1]))
         dtype = row["dtype"]
         self.ceilings[dtype] = measure_ceilings(self.device, dtype).at_least(self.ceilings.get(dtype))
+
+    @property
+    def partial(self) -> Path | None:
+        """Where a run in progress keeps what it has, in case that it is killed."""
+        return None if self.out is None else self.out.with_suffix(".partial")
+
+    def save_partial(self) -> None:
+        if self.partial is not None and self._complete():
+            self.results.save(self.partial)
+
+    def save(self) -> None:
+        if self.out is not None and self.partial is not None and self._complete():
+            self.results.save(self.out)
+            self.partial.unlink(missing_ok=True)
+
+    def _complete(self) -> bool:
+        """Fill in what belongs to the run as a whole; whether there is anything to save."""
+        results = self.results
+        results.day, results.commit = today(), self.commit
+        results.ceilings = {dtype: self.ceilings[dtype].as_dict() for dtype in sorted(self.ceilings)}
+        return bool(results.cases or results.builds or results.figures)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,8 +90,13 @@ def pytest_configure(config: pytest.Config) -> None:
     budget = 1.5 if results.scale == "quick" else 6.0
     out = config.getoption("--bench-out")
     if out is None and config.getoption("--bench-save"):
-        out = FOLDER / f"{machine.slug(results.machine)}-{results.scale}.json"
+        out = default_path(results)
     config.stash[_RECORDER] = Recorder(results, device, budget, out, {})
+
+
+def default_path(results: Results) -> Path:
+    """Where the result of this device and scale is kept."""
+    return FOLDER / f"{machine.slug(results.machine)}-{results.scale}.json"
 
 
 _RECORDER = pytest.StashKey[Recorder]()
@@ -90,28 +121,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    from tqdm import tqdm
-
     if not session.config.option.collectonly:
-        # disable=None: no bar where standard error is no terminal
-        bar = tqdm(total=len(session.items), unit="case", dynamic_ncols=True, disable=None)
-        _recorder(session.config).bar = bar
-        _running[:] = [_recorder(session.config)]
+        recorder = _recorder(session.config)
+        recorder.progress = Progress([item.nodeid for item in session.items], _seconds_before(recorder))
+        _running[:] = [recorder]
+
+
+def _seconds_before(recorder: Recorder) -> dict[str, float]:
+    """What the tests took in the last run on this device, by node id."""
+    path = default_path(recorder.results)
+    try:
+        return Results.load(path).took if path.exists() else {}
+    except SchemaError:  # of another format
+        return {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for recorder in _running:
+        took = recorder.results.took
+        took[report.nodeid] = round(took.get(report.nodeid, 0.0) + report.duration, 3)
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            lines = str(report.longrepr if crash is None else crash.message).split("\n")
+            recorder.results.failures.append({"id": report.nodeid.split("::")[-1], "reason": lines[0][:300]})
+            recorder.lines.append(f"{report.nodeid}: FAILED, {lines[0][:300]}")
 
 
 def pytest_runtest_logfinish(nodeid: str, location: tuple[str, int | None, str]) -> None:
     # Only here, between two tests, does pytest not capture what is written.
     for recorder in _running:
-        recorder.bar.update()
-        while recorder.lines:
-            recorder.bar.write(recorder.lines.pop(0))
+        if recorder.progress is not None:
+            recorder.progress.step(nodeid)
+            while recorder.lines:
+                recorder.progress.write(recorder.lines.pop(0))
+        recorder.save_partial()
 
 
 def pytest_report_teststatus(report: Any, config: pytest.Config) -> tuple[str, str, str] | None:
     """No dots: the bar shows how far it is."""
-    if report.when == "call" and report.passed:
-        return "passed", "", "PASSED"
-    return None
+    if report.when == "call" and (report.passed or report.failed):
+        return report.outcome, "", report.outcome.upper()
+    return ("skipped", "", "SKIPPED") if report.skipped else None
 
 
 #: The recorder of the session in progress; the hook above is not told which one that is.
@@ -122,13 +172,22 @@ def _recorder(config: pytest.Config) -> Recorder:
     return config.stash[_RECORDER]
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     recorder = _recorder(session.config)
-    if recorder.bar is not None:
-        recorder.bar.close()
-    results = recorder.results
-    if recorder.out is None or not (results.cases or results.builds or results.figures):
-        return
-    results.day, results.commit = today(), commit()
-    results.ceilings = {dtype: recorder.ceilings[dtype].as_dict() for dtype in sorted(recorder.ceilings)}
-    results.save(recorder.out)
+    if recorder.progress is not None:
+        recorder.progress.close()
+    # An interrupted run leaves its partial file, and does not replace a whole result.
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        recorder.save()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    recorder = _recorder(config)
+    promised = targets(recorder.results)
+    if promised:
+        met = {True: "yes", False: "NO", None: "-"}
+        rows = [(met[one.met], one.wanted, one.measured, one.what) for one in promised]
+        terminalreporter.write_line(table(("met", "promised", "measured", ""), rows))
+    for path in (recorder.out, recorder.partial):
+        if path is not None and path.exists():
+            terminalreporter.write_line(f"written: {path}")

@@ -7,7 +7,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.memory import total_bytes
 
@@ -21,7 +21,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     memory = total_bytes()
     found: dict[str, Any] = {
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(device),
-        "kind": "cpu" if device == "cpu" else "gpu",
+        "kind": kind(device),
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -33,6 +33,11 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     if device != "cpu":
         found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
     return found
+
+
+def kind(device: str) -> Literal["cpu", "gpu"]:
+    """What a torch device is."""
+    return "cpu" if device == "cpu" else "gpu"
 
 
 def processor() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from bench.peers import flex, jax_arrays, natten_window, old_release, ours, sdpa
 from bench.results import Measured
 from bench.roofline import Work
 from bench.timing import Interleaved, Spread, rounds_within
-from bench.variant import Absent, Variant
+from bench.variant import FAILURES, Absent, Variant, told
 from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.plan import BlockSparsePlan
 from canvas_engineering.plan.plan import Softmax
 
 #: A round that takes longer than this is repeated twice, not three times.
 LONG_ROUND = 4.0
+#: A peer whose call takes longer than this is timed once, outside of the rounds.
+PATIENCE = 8.0
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,12 @@ def measure(
         budget: Seconds for the timed rounds of all variants together.
 
     Returns:
-        The row of the case, and its variants with ours first. If ours is wrong, it is the only one.
+        The row of the case, and its variants with ours first. If ours is wrong, it is the only one. A peer that
+        raises an error has failed, with the error as the reason; an error of ours is raised.
     """
     began = time.perf_counter()
     make = _dispatcher_variants if case.level == "dispatcher" else _attention_variants
-    plan, expected, makers = make(case, device)
+    plan, backend, expected, makers = make(case, device)
     rows: list[Measured] = []
     runnable: list[Variant] = []
     try:
@@ -115,30 +118,30 @@ def measure(
             if variant is not None:
                 runnable.append(variant)
             elif name == ours.OURS:
-                return _row(case, plan, time.perf_counter() - began), rows
-        once = 0.0
-        for variant in runnable:
-            seconds, peak = variant.probe()
-            once += seconds
-            next(row for row in rows if row.name == variant.name).peak_bytes = peak
-        interleaved = Interleaved(runnable[0], runnable[1:])
-        interleaved.run(pedantic, rounds_within(budget, once, least=2 if once > LONG_ROUND else 3))
-        _fill(rows, seconds_of(), interleaved.samples)
+                return _row(case, plan, backend, time.perf_counter() - began), rows
+        _time(rows, runnable, pedantic, seconds_of, budget)
     finally:
         for variant in runnable:
             variant.close()
-    return _row(case, plan, time.perf_counter() - began), rows
+    return _row(case, plan, backend, time.perf_counter() - began), rows
 
 
 def _admit(
     name: str, maker: Callable[[], Variant], expected: Expected, *, gradients: bool
 ) -> tuple[Measured, Variant | None]:
     """Make a variant and compare it with the reference."""
+    variant = None
     try:
         variant = maker()
         actual = variant.outputs(expected.cotangent if gradients else None)
     except Absent as reason:
         return Measured(name, "absent", str(reason)), None
+    except FAILURES as error:
+        if name == ours.OURS:
+            raise
+        if variant is not None:
+            variant.close()
+        return Measured(name, "failed", told(error)), None
     verdict = expected.judge(actual, gradients=gradients)
     if not verdict.ok:
         variant.close()
@@ -146,18 +149,49 @@ def _admit(
     return Measured(name, "measured", setup=variant.setup, error=verdict.error, allowed=verdict.allowed), variant
 
 
-def _fill(rows: list[Measured], mine: list[float], others: dict[str, list[float]]) -> None:
-    """Write medians and ratios into the rows; nothing where nothing was timed (benchmarks disabled)."""
-    for row in rows:
-        samples = mine if row.name == ours.OURS else others.get(row.name, [])
-        if row.status != "measured" or not mine or not samples:
+def _time(
+    rows: list[Measured],
+    runnable: list[Variant],
+    pedantic: Callable[..., Any],
+    seconds_of: Callable[[], list[float]],
+    budget: float,
+) -> None:
+    """Time who was admitted, in turn, and write seconds, ratios and memory into the rows."""
+    by_name = {row.name: row for row in rows}
+    mine, others = runnable[0], []
+    once: dict[str, float] = {}
+    for variant in runnable:
+        row = by_name[variant.name]
+        try:
+            once[variant.name], row.peak_bytes = variant.probe()
+        except (Absent, *FAILURES) as error:
+            if variant is mine:
+                raise
+            row.status, row.reason = "failed", told(error)
             continue
-        row.seconds = Spread.of(samples).as_list()
-        if row.name != ours.OURS:
-            row.ratio = Spread.of([a / b for a, b in zip(samples, mine, strict=True)]).as_list()
+        if variant is not mine and once[variant.name] <= PATIENCE:
+            others.append(variant)
+    together = once[mine.name] + sum(once[variant.name] for variant in others)
+    interleaved = Interleaved(mine, others)
+    interleaved.run(pedantic, rounds_within(budget, together, least=2 if together > LONG_ROUND else 3))
+    for name, reason in interleaved.failed.items():
+        by_name[name].status, by_name[name].reason = "failed", reason
+    ours_seconds = interleaved.by_device or seconds_of()
+    if not ours_seconds:  # benchmarks are disabled
+        return
+    for row in rows:
+        if row.status != "measured":
+            continue
+        if row.name == mine.name:
+            row.fill(ours_seconds)
+        elif row.name in interleaved.samples:
+            row.fill(interleaved.samples[row.name], ours_seconds)
+        else:
+            # Its one call stands for it, against the median of ours.
+            row.fill([once[row.name]], [Spread.of(ours_seconds).median])
 
 
-def _row(case: Case, plan: BlockSparsePlan, wall: float) -> dict[str, Any]:
+def _row(case: Case, plan: BlockSparsePlan, backend: str, wall: float) -> dict[str, Any]:
     canvas, stats = CANVASES[case.canvas], plan.stats()
     itemsize = getattr(torch, case.dtype).itemsize
     work = Work.of(plan, case.phase, case.head_dim, itemsize, case.heads, case.batch)
@@ -173,6 +207,7 @@ def _row(case: Case, plan: BlockSparsePlan, wall: float) -> dict[str, Any]:
         "title": canvas.title,
         "provenance": canvas.provenance,
         "num_tokens": stats.num_q,
+        "backend": backend,
         "plan": {
             key: value
             for key, value in stats.as_dict().items()
@@ -190,7 +225,7 @@ def _row(case: Case, plan: BlockSparsePlan, wall: float) -> dict[str, Any]:
 
 def _attention_variants(
     case: Case, device: str
-) -> tuple[BlockSparsePlan, Expected, list[tuple[str, Callable[[], Variant]]]]:
+) -> tuple[BlockSparsePlan, str, Expected, list[tuple[str, Callable[[], Variant]]]]:
     given = _attention_problem(case.canvas, case.scope, case.dtype, case.head_dim, case.heads, case.batch, device)
     plan, leaves, grad_out, phase = given.plan, given.leaves, given.grad_out, case.phase
 
@@ -198,6 +233,8 @@ def _attention_variants(
         match name:
             case ours.OURS:
                 return ours.attention(plan, leaves, grad_out, phase, device, given.plan_seconds)
+            case ours.OURS_PORTABLE:
+                return ours.attention(plan, leaves, grad_out, phase, device, given.plan_seconds, "portable")
             case sdpa.MASKED:
                 return sdpa.masked(_pairs(case.canvas), leaves, grad_out, phase, device)
             case sdpa.PER_GROUP:
@@ -214,12 +251,13 @@ def _attention_variants(
                 return jax_arrays.splash()
         raise ValueError(f"no peer {name!r}")
 
-    return plan, given.expected, [(name, lambda name=name: make(name)) for name in (ours.OURS, *case.peers)]  # type: ignore[misc]
+    makers: list[tuple[str, Callable[[], Variant]]] = [(name, partial(make, name)) for name in (ours.OURS, *case.peers)]
+    return plan, ours.backend_name(plan, *leaves.values()), given.expected, makers
 
 
 def _dispatcher_variants(
     case: Case, device: str
-) -> tuple[BlockSparsePlan, Expected, list[tuple[str, Callable[[], Variant]]]]:
+) -> tuple[BlockSparsePlan, str, Expected, list[tuple[str, Callable[[], Variant]]]]:
     given = _dispatcher_problem(case.canvas, case.dtype, case.heads, case.batch, device)
 
     def mine() -> Variant:
@@ -233,4 +271,6 @@ def _dispatcher_variants(
     makers: list[tuple[str, Callable[[], Variant]]] = [(ours.OURS, mine)]
     if old_release.OLD in case.peers:
         makers.append((old_release.OLD, old))
-    return given.plan, given.expected, makers
+    shape = (case.batch, case.heads, given.plan.num_q, case.head_dim)
+    operand = torch.empty(shape, dtype=given.x.dtype, device=device)
+    return given.plan, ours.backend_name(given.plan, operand, operand, operand), given.expected, makers

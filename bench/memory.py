@@ -62,8 +62,20 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
     return counter.stop()
 
 
-def total_bytes() -> int | None:
-    """Memory of this machine; None where the system does not tell."""
+def too_large(needed: float, device: str = "cpu") -> str:
+    """Why something of ``needed`` bytes is not tried: it takes more than half of the memory; else empty."""
+    total = total_bytes(device)
+    if total is None or needed <= total / 2:
+        return ""
+    return f"would take about {needed / 2**30:,.0f} GiB, more than half of the {total / 2**30:,.0f} GiB of this device"
+
+
+def total_bytes(device: str = "cpu") -> int | None:
+    """Memory of this machine or GPU; None where the system does not tell."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
     if sys.platform != "linux":
         return None
     for line in Path("/proc/meminfo").read_text().splitlines():

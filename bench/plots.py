@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import build_cost
-from bench.cases import SHIPPED, SPARSE
+from bench.cases import DTYPE, SHIPPED, SPARSE, is_usual
 from bench.peers.ours import OURS
 from bench.results import Results, measured, variant
 from bench.roofline import floor_seconds
@@ -64,9 +64,7 @@ def draw(results: Results, folder: Path, slug: str) -> list[Path]:
 def rows_of(results: Results, level: str, scope: str, phase: str) -> Iterator[dict[str, Any]]:
     """Cases in the default dtype, head size and batch."""
     for row in results.cases:
-        if (row["level"], row["scope"], row["phase"]) != (level, scope, phase):
-            continue
-        if (row["dtype"], row["head_dim"], row["batch"]) == ("float32", 64, 1):
+        if (row["level"], row["scope"], row["phase"]) == (level, scope, phase) and is_usual(row, results.kind):
             yield row
 
 
@@ -176,7 +174,7 @@ def _sparsity(results: Results, figure: Any) -> bool:
 
 
 def _roofline(results: Results, figure: Any) -> bool:
-    ceilings = results.ceilings.get("float32")
+    ceilings = results.ceilings.get(DTYPE[results.kind])
     found = [
         row
         for scope in ("joint", "connection")
@@ -212,7 +210,7 @@ def _roofline(results: Results, figure: Any) -> bool:
     axis.set_ylabel("GFLOP/s of true pairs")
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(fontsize=8, loc="lower right")
-    axis.set_title("shipped canvases, float32, forward", fontsize=9, loc="left")
+    axis.set_title(f"shipped canvases, {DTYPE[results.kind]}, forward", fontsize=9, loc="left")
     return True
 
 

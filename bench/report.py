@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import build_cost, machine
+from bench.cases import DTYPE, HEAD_DIM, HEADS, is_usual
 from bench.foreign import foreign_section
 from bench.peers.ours import OURS
 from bench.plots import draw
-from bench.results import FOLDER, Results, is_results, variant
+from bench.results import FOLDER, Results, is_results, measured, variant
 from bench.roofline import floor_seconds
 from bench.targets import targets
 from canvas_engineering._files import atomic_write, read_json
@@ -30,13 +32,16 @@ Generated from `bench/results/` by `canvas-engineering bench report`; edits by h
 
 How to read the tables. Times are medians, with quartiles in brackets. All variants of a row ran in turn, once per
 round; a ratio is another variant's time over ours in the same round (above 1: ours is faster), with the quartiles
-over the rounds. Before anything is timed its output, and its gradients where they are timed, are compared with the
-float64 NumPy reference; a result that differs has no time and stands as *wrong*. *Of floor* is our time over the least
-that the true FLOPs and bytes need at the ceilings measured on the same machine in the same run (a matrix product and
-a copy); *of tiles* counts all pairs of the visited tiles instead. Building plans and masks and compiling is not in
-these times; it has tables of its own.
+over the rounds; a peer that takes many seconds is called once. On a GPU a time is that between two CUDA events around
+several calls, over their number, after a warm-up. Before anything is timed its output, and its gradients where they
+are timed, are compared with the float64 NumPy reference; a result that differs has no time and stands as *wrong*.
+*Of floor* is our time over the least that the true FLOPs and bytes need at the ceilings measured on the same machine
+in the same run (a matrix product and a copy); *of tiles* counts all pairs of the visited tiles instead. Building
+plans and masks and compiling is not in these times; it has tables of its own.
 """
 
+#: Rows of the table of gaps.
+LARGEST = 10
 _PHASES = {"forward": "forward", "backward": "backward", "step": "training step"}
 _SECTIONS = (
     ("attention", "joint", "Attention, one softmax per row"),
@@ -77,10 +82,10 @@ def render(results: Results, name: str, pictures: list[str]) -> str:
     parts = [_machine(results, name)]
     promised = targets(results)
     if promised:
-        rows = [
-            (one.what, one.wanted, one.measured, {True: "yes", False: "**no**", None: "-"}[one.met]) for one in promised
-        ]
+        met = {True: "yes", False: "**no**", None: "-"}
+        rows = [(one.what, one.wanted, one.measured, met[one.met]) for one in promised]
         parts.append("### Promised figures\n\n" + _table(("", "promised", "measured", "met"), rows))
+    parts += [*_gaps(results)]
     parts += [f"![{picture.rsplit('_', 1)[1].removesuffix('.png')}]({picture})" for picture in pictures]
     for level, scope, title in _SECTIONS:
         for phase, words in _PHASES.items():
@@ -114,16 +119,28 @@ def _machine(results: Results, name: str) -> str:
         f"{told['processor']}, {told['cores']} cores, {told['threads']} threads{memory}, {told['system']}; "
         f"Python {told['python']}, {versions}.\n"
         f"Ceilings measured in the run (matrix product, copy): {rates or 'none'}."
+        f"{_backends(results)}"
     )
 
 
-def title_of(row: dict[str, Any]) -> str:
+def _backends(results: Results) -> str:
+    """Which backend ran ours, most often first, with the reasons against others."""
+    count = Counter(row["backend"] for row in results.cases)
+    if not count:
+        return ""
+    told = "; ".join(name if len(count) == 1 else f"{name} ({times} cases)" for name, times in count.most_common())
+    return f"\nBackend of {OURS} there: {told}."
+
+
+def title_of(results: Results, row: dict[str, Any]) -> str:
     """The canvas, and what differs from the usual."""
+    heads = "1 head" if row["heads"] == 1 else f"{row['heads']} heads"
     extra = [
         words
         for usual, words in (
-            (row["dtype"] == "float32", row["dtype"]),
-            (row["head_dim"] == 64, f"head_dim {row['head_dim']}"),
+            (row["dtype"] == DTYPE[results.kind], row["dtype"]),
+            (row["head_dim"] == HEAD_DIM, f"head_dim {row['head_dim']}"),
+            (row["heads"] == HEADS, heads),
             (row["batch"] == 1, f"batch {row['batch']}"),
         )
         if not usual
@@ -139,12 +156,12 @@ def _times(results: Results, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         mine = row["variants"][0]["seconds"]
         if mine is None:
-            body.append((title_of(row), "*wrong*", "", "", *("" for _ in peers)))
+            body.append((title_of(results, row), "*wrong*", "", "", *("" for _ in peers)))
             continue
         floor, tiles = limits(results, row)
         body.append(
             (
-                title_of(row),
+                title_of(results, row),
                 _spread(mine),
                 f"{mine[0] / floor:.2f} ×",
                 f"{mine[0] / tiles:.2f} ×",
@@ -171,23 +188,25 @@ def _peer(one: dict[str, Any] | None) -> str:
     if one is None:
         return ""
     if one["seconds"] is None or one["ratio"] is None:
-        return "*wrong*" if one["status"] == "wrong" else "-"
+        return f"*{one['status']}*" if one["status"] in ("wrong", "failed") else "-"
     middle, low, high = one["ratio"]
-    return f"{readable(one['seconds'][0])}, {middle:.2f} × ({low:.2f} – {high:.2f})"
+    spread = "one call" if one["rounds"] == 1 else f"{low:.2f} – {high:.2f}"
+    return f"{readable(one['seconds'][0])}, {middle:.2f} × ({spread})"
 
 
 def _loss(results: Results) -> Iterator[str]:
     """What is lost to padding, to partial tiles, and to the kernel."""
     body = []
     for row in results.cases:
-        usual = row["dtype"] == "float32" and row["head_dim"] == 64 and row["batch"] == 1
         mine = row["variants"][0]["seconds"]
-        if row["level"] != "attention" or row["phase"] != "forward" or not usual or mine is None:
+        if row["level"] != "attention" or row["phase"] != "forward" or mine is None:
+            continue
+        if not is_usual(row, results.kind):
             continue
         floor, tiles = limits(results, row)
         body.append(
             (
-                title_of(row),
+                title_of(results, row),
                 row["scope"],
                 f"{row['plan']['block_q']} × {row['plan']['block_kv']}",
                 f"{row['plan']['density']:.1%}",
@@ -205,36 +224,71 @@ def _loss(results: Results) -> Iterator[str]:
 
 
 def _setup(results: Results) -> Iterator[str]:
-    body = []
-    for row in results.cases:
-        if row["phase"] != "forward":
-            continue
-        for one in row["variants"]:
-            if one["setup"] and one["status"] == "measured":
-                told = ", ".join(f"{what} {readable(seconds)}" for what, seconds in one["setup"].items())
-                body.append((title_of(row), f"{row['level']}, {row['scope']}", one["name"], told))
-    if body:
-        yield "### Before the first call\n\n" + _table(("canvas", "", "variant", "seconds"), body)
+    def told(one: dict[str, Any]) -> str:
+        return ", ".join(f"{what} {readable(seconds)}" for what, seconds in one["setup"].items())
+
+    rows = [row for row in results.cases if row["phase"] == "forward"]
+    yield from _by_variant(results, rows, "### Before the first call", "once per canvas", told)
 
 
 def _memory(results: Results) -> Iterator[str]:
-    body = [
-        (title_of(row), f"{row['level']}, {row['scope']}, {_PHASES[row['phase']]}", one["name"], _mib(one))
-        for row in results.cases
-        if row["phase"] != "backward"
-        for one in row["variants"]
-        if one["peak_bytes"] is not None
+    rows = [row for row in results.cases if row["phase"] != "backward"]
+    note = "MiB: growth of the resident set on a CPU, what torch's allocator handed out on a GPU"
+    yield from _by_variant(results, rows, "### Peak memory of a call, on top of its inputs", note, _mib)
+
+
+def _by_variant(
+    results: Results,
+    rows: list[dict[str, Any]],
+    heading: str,
+    note: str,
+    cell: Callable[[dict[str, Any]], str],
+) -> Iterator[str]:
+    """A table with a row per case and a column per variant, if there is anything to tell."""
+    told = [
+        (row, {one["name"]: cell(one) for one in measured(row) if cell(one)})
+        for row in rows
+        if is_usual(row, results.kind)
     ]
+    told = [(row, cells) for row, cells in told if cells]
+    names = list(dict.fromkeys([OURS, *(name for _, cells in told for name in cells)]))
+    body = [(title_of(results, row), _kind_of(row), *(cells.get(name, "") for name in names)) for row, cells in told]
     if body:
-        yield (
-            "### Peak memory of a call, on top of its inputs\n\n"
-            "Growth of the resident set on a CPU; what torch's allocator handed out on a GPU.\n\n"
-            + _table(("canvas", "", "variant", "MiB"), body)
-        )
+        yield f"{heading}\n\n{note[0].upper()}{note[1:]}.\n\n" + _table(("canvas", "", *names), body)
+
+
+def _kind_of(row: dict[str, Any]) -> str:
+    return f"{row['level']}, {row['scope']}, {_PHASES[row['phase']]}"
+
+
+def _gaps(results: Results) -> Iterator[str]:
+    """Where someone else is faster, and where the time is furthest above that of the visited tiles."""
+    slower = sorted(
+        (one["ratio"][0], title_of(results, row), _kind_of(row), one)
+        for row in results.cases
+        for one in measured(row)
+        if one["ratio"] is not None and one["ratio"][2] < 1
+    )
+    if slower:
+        body = [(title, kind, one["name"], _peer(one)) for _, title, kind, one in slower]
+        yield "### Where others are faster, beyond the noise\n\n" + _table(("canvas", "", "variant", "its time"), body)
+    above = [
+        (row["variants"][0]["seconds"][0] / limits(results, row)[1], row)
+        for row in results.cases
+        if row["variants"][0]["seconds"] is not None
+    ]
+    above.sort(key=lambda one: -one[0])
+    if above:
+        body = [
+            (title_of(results, row), _kind_of(row), readable(row["variants"][0]["seconds"][0]), f"{factor:.2f} ×")
+            for factor, row in above[:LARGEST]
+        ]
+        header = ("canvas", "", "measured", "of tiles")
+        yield "### Furthest above the cost of the visited tiles\n\n" + _table(header, body)
 
 
 def _mib(one: dict[str, Any]) -> str:
-    return f"{one['peak_bytes'] / 2**20:,.1f}"
+    return "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**20:,.1f}"
 
 
 def _building(results: Results) -> Iterator[str]:
@@ -274,6 +328,8 @@ def _absent(results: Results) -> Iterator[str]:
         if row["status"] != "measured":
             where = f"build {row['num_tokens']:,}"
             reasons.setdefault((row["builder"], f"{row['status']}: {row['reason']}"), []).append(where)
+    for failure in results.failures:
+        reasons.setdefault((OURS, f"failed: {failure['reason']}"), []).append(failure["id"])
     if reasons:
         body = [(name, reason, "; ".join(where)) for (name, reason), where in sorted(reasons.items())]
         yield "### Not measured, and why\n\n" + _table(("variant", "", "where"), body)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from bench.timing import Spread
 from canvas_engineering._files import read_json, write_json
 from canvas_engineering.errors import SchemaError
 
@@ -22,10 +23,12 @@ class Measured:
     """One variant of one case.
 
     Attributes:
-        status: ``measured``, ``wrong`` (the gate is red, so there is no time) or ``absent``.
-        reason: Why it is wrong or absent.
+        status: ``measured``, ``wrong`` (the gate is red, so there is no time), ``failed`` (it raised an error) or
+            ``absent``.
+        reason: Why there is no time.
         seconds: Median and quartiles.
         ratio: Its time over ours, per round: median and quartiles; above 1 where ours is faster.
+        rounds: How many samples these are of.
         setup: Seconds before the first call, by kind.
         peak_bytes: Memory on top of the inputs.
         error, allowed: Largest error of the output, and the largest that is allowed.
@@ -36,10 +39,17 @@ class Measured:
     reason: str = ""
     seconds: list[float] | None = None
     ratio: list[float] | None = None
+    rounds: int = 0
     setup: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
     error: float | None = None
     allowed: float | None = None
+
+    def fill(self, samples: list[float], ours: list[float] | None = None) -> None:
+        """Seconds, and ratios to ``ours`` where this is someone else; one of each per round."""
+        self.seconds, self.rounds = Spread.of(samples).as_list(), len(samples)
+        if ours is not None:
+            self.ratio = Spread.of([a / b for a, b in zip(samples, ours, strict=True)]).as_list()
 
 
 @dataclass
@@ -53,6 +63,8 @@ class Results:
         day: When.
         ceilings: By dtype.
         cases, builds, figures: Rows, ready for JSON.
+        failures: What could not be measured at all, by ``id`` and ``reason``.
+        took: Seconds that each test of the run took, for the next run's estimate.
     """
 
     scale: str
@@ -63,6 +75,13 @@ class Results:
     cases: list[dict[str, Any]] = field(default_factory=list)
     builds: list[dict[str, Any]] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    took: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Literal["cpu", "gpu"]:
+        """Of the device."""
+        return "gpu" if self.machine["kind"] == "gpu" else "cpu"
 
     def add_case(self, row: dict[str, Any], variants: list[Measured]) -> None:
         self.cases.append({**row, "variants": [_without_nan(asdict(one)) for one in variants]})

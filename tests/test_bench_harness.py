@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from canvas_engineering.cli.bench import load
 
 build_cost, canvases, cases = load("build_cost"), load("canvases"), load("cases")
 figures, machine, measure, memory = load("figures"), load("machine"), load("measure"), load("memory")
-roofline, timing, variants = load("roofline"), load("timing"), load("variant")
+progress, roofline, timing, variants = load("progress"), load("roofline"), load("timing"), load("variant")
 old_release, ours, sdpa = load("peers.old_release"), load("peers.ours"), load("peers.sdpa")
 jax_arrays, natten = load("peers.jax_arrays"), load("peers.natten_window")
 
@@ -34,8 +35,9 @@ class Recorded(variants.Variant):  # type: ignore[name-defined]
         self.name = name
         self.log = log
 
-    def timed(self, prepared: Any) -> None:
+    def timed(self, prepared: Any) -> float | None:
         self.log.append(self.name)
+        return None
 
 
 # -- timing -------------------------------------------------------------------------------------------------
@@ -50,6 +52,23 @@ def test_every_variant_runs_once_per_round_and_the_others_take_turns() -> None:
     assert log == ["a", "b", "ours", "b", "a", "ours", "a", "b", "ours"]
     assert len(clock.seconds) == 3
     assert {name: len(taken) for name, taken in interleaved.samples.items()} == {"a": 3, "b": 3}
+
+
+def test_the_clock_of_a_device_goes_before_the_wall() -> None:
+    class OnDevice(Recorded):
+        def timed(self, prepared: Any) -> float:
+            super().timed(prepared)
+            return 42.0
+
+    mine, peer = OnDevice("ours", []), OnDevice("peer", [])
+    clock = timing.Clock()
+    interleaved = timing.Interleaved(mine, [peer])
+    interleaved.run(clock.pedantic, 2)
+    assert interleaved.by_device == [42.0, 42.0]
+    assert interleaved.samples == {"peer": [42.0, 42.0]}
+    assert variants.calls_within(1.0) == 1
+    assert variants.calls_within(1e-3) == 5
+    assert variants.calls_within(1e-9) == variants.GPU_CALLS
 
 
 def test_spread_and_rounds() -> None:
@@ -76,13 +95,49 @@ def test_peak_memory(watched: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert memory.peak_bytes(lambda: None) < 8 << 20
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    one = progress.Progress(["short", "long"], {"short": 1.0, "long": 9.0})
+    now[0] += 2
+    one.step("short")
+    one.write("a line")
+    assert capsys.readouterr().out == "[1/2 0:02, about 0:18 left] a line\n"
+    one.close()
+    unknown = progress.Progress(["short", "long"], {"short": 1.0})  # too little is known
+    now[0] += 2
+    unknown.step("short")
+    unknown.write("a line")
+    assert capsys.readouterr().out == "[1/2 0:02, about 0:02 left] a line\n"
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = progress.Progress(["a", "b"], {})
+    bar.step("a")
+    bar.write("a line")
+    bar.close()
+    assert "a line" in capsys.readouterr().out
+    assert "50%" in terminal.getvalue()
+    assert "1/2" in terminal.getvalue()
+
+
 # -- cases --------------------------------------------------------------------------------------------------
 
 
 def test_cases_are_distinct_and_cover_every_canvas() -> None:
     quick, full = cases.cases("quick"), cases.cases("full")
-    for found in (quick, full):
+    gpu = cases.cases("quick", "gpu"), cases.cases("full", "gpu")
+    for found in (quick, full, *gpu):
         assert len({case.id for case in found}) == len(found)
+    assert {case.id for case in gpu[0]} <= {case.id for case in gpu[1]}
+    assert {case.canvas for case in gpu[1]} >= {case.canvas for case in quick}
     assert {case.id for case in quick} <= {case.id for case in full}
     named = {case.canvas for case in full}
     building = set(build_cost.canvases("full"))
@@ -115,7 +170,7 @@ def test_build_canvases_grow_to_a_million() -> None:
 
 def test_a_case_is_measured() -> None:
     row, rows = run(SMALL)
-    assert row["id"] == "attention-connection-step-float32-d64-b1-robot"
+    assert row["id"] == "attention-connection-step-float32-d64-h4-b1-robot"
     assert [one.name for one in rows] == [ours.OURS, sdpa.PER_GROUP]
     assert all(one.status == "measured" and one.seconds[0] > 0 for one in rows)
     assert rows[0].ratio is None
@@ -143,8 +198,52 @@ def test_a_peer_that_is_wrong_has_no_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows[0].seconds is not None
 
 
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_peer_that_raises_ends_itself_alone(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is made, compared, probed, or timed."""
+    right, calls = sdpa.per_group, []
+
+    def failing(*arguments: Any) -> Any:
+        variant = right(*arguments)
+        call = variant._call
+
+        def sometimes(q: Any, k: Any, v: Any) -> Any:
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError("out of\n memory")
+            return call(q, k, v)
+
+        variant._call = sometimes
+        if after == 0:
+            variant.sample()
+        return variant
+
+    monkeypatch.setattr(sdpa, "per_group", failing)
+    _, rows = run(SMALL)
+    assert [(one.status, one.reason) for one in rows] == [("measured", ""), ("failed", "RuntimeError: out of memory")]
+    assert rows[0].seconds is not None
+    assert rows[1].seconds is None
+
+
+def test_an_error_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(ours, "block_sparse_attention", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(SMALL)
+
+
+def test_a_slow_peer_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PATIENCE", 0.0)
+    _, rows = run(SMALL)
+    assert rows[0].rounds >= 3
+    assert rows[1].rounds == 1
+    assert rows[1].ratio == [pytest.approx(rows[1].seconds[0] / rows[0].seconds[0])] * 3
+
+
 def test_when_ours_is_wrong_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "block_sparse_attention", lambda q, k, v, plan: 0 * (q + k + v))
+    monkeypatch.setattr(ours, "block_sparse_attention", lambda q, k, v, plan, backend: 0 * (q + k + v))
     _, rows = run(SMALL)
     assert [one.status for one in rows] == ["wrong"]
     assert rows[0].seconds is None
@@ -170,10 +269,10 @@ def test_jax_arrays_agree() -> None:
 
 
 def test_masks_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "total_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 1 << 20)
     _, rows = run(cases.Case("robot", "attention", "joint", "forward", (sdpa.MASKED,)))
     assert rows[1].status == "absent"
-    assert "its mask of 320 x 320 would take" in rows[1].reason
+    assert "its mask of 320 x 320 would take about 0 GiB, more than half of the 0 GiB of this device" in rows[1].reason
 
 
 # -- 0.5.0 --------------------------------------------------------------------------------------------------
@@ -220,7 +319,7 @@ def test_worker_with_this_release(fresh_worker: None, monkeypatch: pytest.Monkey
     assert rows[1].ratio[0] > 0
     assert rows[1].peak_bytes is None or rows[1].peak_bytes > 0
     process = old_release._process()
-    with pytest.raises(variants.Absent, match="KeyError"):
+    with pytest.raises(old_release.WorkerError, match="KeyError"):
         process.ask("build")
     assert process.ask("hello")["torch"] == torch.__version__
 

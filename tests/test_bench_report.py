@@ -24,8 +24,9 @@ OLD, MASKED, FLEX = "canvas-engineering 0.5.0", "masked SDPA", "flex_attention"
 
 def row(canvas: str, level: str, scope: str, phase: str, **extra: Any) -> dict[str, Any]:
     parts = {"dtype": "float32", "head_dim": 64, "heads": 4, "batch": 1} | extra
+    sizes = f"d{parts['head_dim']}-h{parts['heads']}-b{parts['batch']}"
     return {
-        "id": f"{level}-{scope}-{phase}-{parts['dtype']}-d{parts['head_dim']}-b{parts['batch']}-{canvas}",
+        "id": f"{level}-{scope}-{phase}-{parts['dtype']}-{sizes}-{canvas}",
         "canvas": canvas,
         "level": level,
         "scope": scope,
@@ -34,6 +35,7 @@ def row(canvas: str, level: str, scope: str, phase: str, **extra: Any) -> dict[s
         "title": canvas.replace("_", " "),
         "provenance": f"examples/canvases/{canvas}.json",
         "num_tokens": 320,
+        "backend": "portable",
         "plan": {"density": 0.25, "computed_per_true": 1.25, "block_q": 64, "block_kv": 32},
         "true_flops": 4e9,
         "visited_flops": 5e9,
@@ -75,7 +77,9 @@ def measured() -> Any:
     found.add_case(
         row("length_1x32x32", "attention", "joint", "forward"), [timed("canvas-engineering", 0.1), timed(MASKED, 1, 10)]
     )
-    found.add_case(row("sparse_10", "attention", "joint", "forward"), [timed("canvas-engineering", 0.1)])
+    found.add_case(
+        row("sparse_10", "attention", "joint", "forward"), [timed("canvas-engineering", 0.1), timed(FLEX, 0.05, 0.5)]
+    )
     found.add_case(
         row("multi_robot", "attention", "joint", "forward", dtype="float32", batch=8),
         [results.Measured("canvas-engineering", "wrong", "out: max error")],
@@ -103,6 +107,7 @@ def measured() -> Any:
             "peak_bytes": None,
         }
     )
+    found.failures.append({"id": "test_case[lost]", "reason": "RuntimeError: gone"})
     found.figures.append({"id": "import_seconds", "value": [0.1] * 3, "unit": "s", "status": "measured", "reason": ""})
     found.figures.append(
         {"id": "computed_per_true-joint-robot", "value": [1.3] * 3, "unit": "x", "status": "measured", "reason": ""}
@@ -118,7 +123,7 @@ def test_results_survive_a_file(measured: Any, tmp_path: Path) -> None:
     measured.save(path)
     again = results.Results.load(path)
     assert again == measured
-    wrong = results.variant(again.case("dispatcher-connection-forward-float32-d64-b1-computer_use_2048_once"), OLD)
+    wrong = results.variant(again.case("dispatcher-connection-forward-float32-d64-h4-b1-computer_use_2048_once"), OLD)
     assert wrong["status"] == "wrong"
     assert wrong["error"] is None  # NaN
     assert again.case("nothing") is None
@@ -210,12 +215,19 @@ def test_report(measured: Any, tmp_path: Path) -> None:
         assert f"](images/{path.name})" in text
     assert "`bench/results/cpu.quick.json`, 2026-01-02, revision 0123456789." in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert ["robot", "100 ms (95 ms – 105 ms)", "2.50 ×", "2.00 ×", "200 ms, 2.00 × (1.80 – 2.20)"] in cells
-    assert ["multi robot, batch 8", "*wrong*", "", "", ""] in cells
+    assert ["robot", "100 ms (95 ms – 105 ms)", "2.50 ×", "2.00 ×", "200 ms, 2.00 × (1.80 – 2.20)", "-"] in cells
+    assert ["multi robot, batch 8", "*wrong*", "", "", "", ""] in cells
     assert [FLEX, "absent: no compiler", "attention joint forward robot"] in cells
     assert [OLD, "wrong: out: max error 1e-1, at most 1e-6"] in [cell[:2] for cell in cells]
     assert ["1,048,576", "12 s, 2.0 MiB", "-", "-", "-", "-"] in cells
-    assert ["robot", "attention, joint", "canvas-engineering", "plan 10 ms"] in cells
+    assert ["robot", "attention, joint, forward", "plan 10 ms"] in cells
+    assert ["robot", "attention, joint, forward", "3.0", "3.0", "", ""] in cells  # MiB of ours and SDPA
+    assert "Backend of canvas-engineering there: portable." in text
+    gaps = text[text.index("### Where others are faster") : text.index("### Furthest above")]
+    assert "sparse 10" in gaps
+    assert "0.50 × (0.45 – 0.55)" in gaps
+    assert "length" not in gaps
+    assert ["canvas-engineering", "failed: RuntimeError: gone", "test_case[lost]"] in cells
     assert any(cell[:1] == ["target"] and "splash bundles" in cell for cell in cells)
     assert "x\\|y" in text
     assert "1.235" in text
@@ -242,7 +254,7 @@ def by_id(changes: list[Any]) -> dict[str, Any]:
 
 def test_compare_flags_what_is_beyond_the_noise(measured: Any) -> None:
     now = copy.deepcopy(measured)
-    joint = "attention-joint-forward-float32-d64-b1-robot"
+    joint = "attention-joint-forward-float32-d64-h4-b1-robot"
     assert {change.verdict for change in compare.compare(measured, now)} == {"same"}
     now.cases[0]["variants"][0]["seconds"] = [0.13, 0.12, 0.14]
     now.cases[1]["variants"][0]["seconds"] = [0.07, 0.06, 0.08]
@@ -253,10 +265,10 @@ def test_compare_flags_what_is_beyond_the_noise(measured: Any) -> None:
     found = by_id(compare.compare(measured, now))
     assert found[joint].verdict == "slower"
     assert found[joint].factor == pytest.approx(1.3)
-    assert found["dispatcher-connection-forward-float32-d64-b1-robot"].verdict == "faster"
-    assert found["dispatcher-connection-step-float32-d64-b1-robot"].verdict == "same"
-    assert found["attention-joint-forward-float32-d64-b1-length_1x32x32"].verdict == "same"
-    assert found["attention-joint-forward-float32-d64-b1-sparse_10"].verdict == "gone"
+    assert found["dispatcher-connection-forward-float32-d64-h4-b1-robot"].verdict == "faster"
+    assert found["dispatcher-connection-step-float32-d64-h4-b1-robot"].verdict == "same"
+    assert found["attention-joint-forward-float32-d64-h4-b1-length_1x32x32"].verdict == "same"
+    assert found["attention-joint-forward-float32-d64-h4-b1-sparse_10"].verdict == "gone"
     assert found["build-plan, joint-length_2048"].verdict == "gone"
     assert found["build-plan, joint-length_other"].verdict == "new"
     assert found["import_seconds"].verdict == "same"
@@ -395,7 +407,7 @@ def test_report_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_one_case_from_the_command_to_the_page(tmp_path: Path) -> None:
     """The whole way in a process of its own: pytest, gate, clock, file."""
     out = tmp_path / "result.json"
-    wanted = "attention-connection-forward-float32-d64-b1-robot or length_8x16x16-create_block_mask"
+    wanted = "attention-connection-forward-float32-d64-h4-b1-robot or length_8x16x16-create_block_mask"
     words = ["run", "--only", wanted, "--threads", "1", "--out", str(out)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
@@ -403,12 +415,16 @@ def test_one_case_from_the_command_to_the_page(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = results.Results.load(out)
-    assert [one["id"] for one in found.cases] == ["attention-connection-forward-float32-d64-b1-robot"]
+    assert [one["id"] for one in found.cases] == ["attention-connection-forward-float32-d64-h4-b1-robot"]
     assert [one["status"] for one in found.cases[0]["variants"]] == ["measured", "measured"]
     assert [one["builder"] for one in found.builds] == ["create_block_mask"]
     assert found.ceilings["float32"]["matmul"] > 0
     assert found.machine["threads"] == 1
-    assert "attention-connection-forward-float32-d64-b1-robot: " in done.stderr + done.stdout
+    assert found.failures == []
+    assert len(found.took) == 2
+    assert not out.with_suffix(".partial").exists()
+    assert "[1/2 0:0" in done.stdout
+    assert "attention-connection-forward-float32-d64-h4-b1-robot: " in done.stderr + done.stdout
 
 
 _SCRIPT = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 from copy import deepcopy
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from canvas_engineering.connectivity import CanvasTopology, Connection
 from canvas_engineering.errors import CanvasError, PlanError
 from canvas_engineering.groups import resolve_groups
 from canvas_engineering.masks import MaskSpec
-from canvas_engineering.plan import BlockSize, BlockSparsePlan
+from canvas_engineering.plan import BlockSize, BlockSparsePlan, compile as compiler
+from canvas_engineering.plan.auto import Candidate, choose
 from canvas_engineering.plan.compile import cell_shapes
+from canvas_engineering.plan.plan import Softmax
 
 BLOCKS: st.SearchStrategy[BlockSize] = st.sampled_from(["auto", 8, 16, 32])
 
@@ -206,6 +210,22 @@ def test_auto_tiles_compute_at_most_a_quarter_more_than_needed(frames: int, size
     for softmax in ("connection", "joint"):
         plan = BlockSparsePlan.from_topology(topology, layout, softmax=softmax)
         assert 1.0 <= plan.stats().computed_per_true <= 1.25
+
+
+@pytest.mark.parametrize("softmax", ["connection", "joint"])
+@pytest.mark.parametrize("block", ["auto", 16, 24])
+def test_as_many_tiles_are_visited_as_the_choice_was_told(block: BlockSize, softmax: Softmax) -> None:
+    """Frames that share tiles in the same way, and tiles that several regions share."""
+    topology, layout = computer_use(8, 16)
+    seen: list[Candidate] = []
+
+    def remembered(*arguments: Any, **options: Any) -> Candidate:
+        seen.append(choose(*arguments, **options))
+        return seen[-1]
+
+    with mock.patch.object(compiler, "choose", remembered):
+        plan = BlockSparsePlan.from_topology(topology, layout, softmax=softmax, block_q=block, block_kv=block)
+    assert seen[0].visited == plan.num_entries
 
 
 def test_a_video_of_windows_is_compiled_without_its_pairs() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.memory import total_bytes
+from bench.memory import too_large
 from bench.pairs import Pairs
 from bench.roofline import Phase
 from bench.variant import Absent, TorchVariant
@@ -22,15 +22,14 @@ def check_runs(num_tokens: int, phase: Phase, device: str) -> None:
     """Raise :class:`Absent` where it cannot run."""
     if device == "cpu" and phase != "forward":
         raise Absent("torch has no backward pass of flex_attention on the CPU")
-    check_block_mask(num_tokens)
+    check_block_mask(num_tokens, device)
 
 
-def check_block_mask(num_tokens: int) -> None:
-    """Raise :class:`Absent` where ``create_block_mask`` would fill this machine's memory."""
-    memory = total_bytes()
-    needed = 10 * num_tokens**2  # the mask itself, and the sums over its blocks
-    if memory is not None and needed > memory / 2:
-        raise Absent(f"create_block_mask of {num_tokens:,} positions would take about {needed / 2**30:,.0f} GiB")
+def check_block_mask(num_tokens: int, device: str) -> None:
+    """Raise :class:`Absent` where ``create_block_mask`` would fill the memory."""
+    why = too_large(10 * num_tokens**2, device)  # the mask itself, and the sums over its blocks
+    if why:
+        raise Absent(f"create_block_mask of {num_tokens:,} positions {why}")
 
 
 def block_mask(pairs: Pairs, device: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bench.canvases import Declared
 from bench.roofline import Phase
-from bench.variant import Absent, Arrays, Variant
+from bench.variant import Absent, Arrays, Variant, calls_within
 from canvas_engineering.dispatch import AttentionDispatcher
 
 OLD = "canvas-engineering 0.5.0"
@@ -28,6 +29,10 @@ ENVIRONMENT = "CANVAS_ENGINEERING_050_PYTHON"
 #: Where ``make bench-peers`` puts the old release; it runs with this interpreter and this torch.
 FOLDER = Path(sys.prefix) / "peers" / "canvas-engineering-0.5.0"
 _PAUSE = 0.005  # until the other process' threads have stopped spinning
+
+
+class WorkerError(RuntimeError):
+    """What the old release raised in its process, or that the process ended."""
 
 
 class _Process:
@@ -54,14 +59,14 @@ class _Process:
             found = self.ask("hello")
             if found["version"] != VERSION:
                 raise Absent(f"the interpreter given for it holds canvas-engineering {found['version']}")
-        except Absent:
+        except (Absent, WorkerError):
             self.close()
             raise
         self.torch_version = found["torch"]
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
         if self._process.stdin is None or self._process.stdout is None:
-            raise Absent("its process has no pipes")
+            raise WorkerError("its process has no pipes")
         try:
             self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
             self._process.stdin.flush()
@@ -72,10 +77,10 @@ class _Process:
             self._folder.cleanup()
             _process.cache_clear()
             status = self._process.wait()
-            raise Absent(f"its process ended with status {status} (out of memory?)" if status else "its process ended")
+            raise WorkerError(f"its process ended with status {status}{' (out of memory?)' if status else ''}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise Absent(answer["error"][:200])
+            raise WorkerError(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -117,19 +122,22 @@ class OldRelease(Variant):
         self, declared: Declared, module: AttentionDispatcher, x: Tensor, grad_out: Tensor, phase: Phase
     ) -> None:
         self.name = OLD
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            raise Absent("compared on the CPU in float32 only")
         if any(connection.mask is not None for connection in declared.topology.connections):
             raise Absent("its dispatcher has no masks")
         self._process = _process()
+        self._calls = 1  # in one sample
+        self._samples_several = x.device.type != "cpu" and phase != "backward"
         arrays = self._process.folder / "arrays.npz"
-        parameters = {f"p:{name}": value.detach().numpy() for name, value in module.state_dict().items()}
-        np.savez(arrays, x=x.detach().numpy(), grad_out=grad_out.numpy(), **parameters)
+        # float32 holds what half precision holds; NumPy has no bfloat16.
+        named = {"x": x, "grad_out": grad_out} | {f"p:{name}": value for name, value in module.state_dict().items()}
+        np.savez(arrays, **{name: value.detach().float().cpu().numpy() for name, value in named.items()})
         layout = declared.layout
         built = self._process.ask(
             "build",
             arrays=str(arrays),
             threads=torch.get_num_threads(),
+            device=str(x.device),
+            dtype=str(x.dtype).removeprefix("torch."),
             phase=phase,
             heads=module.n_heads,
             d_model=layout.d_model,
@@ -157,13 +165,17 @@ class OldRelease(Variant):
 
     def sample(self) -> float:
         time.sleep(_PAUSE)
-        seconds: float = self._process.ask("sample")["seconds"]
+        seconds: float = self._process.ask("sample", calls=self._calls)["seconds"]
         time.sleep(_PAUSE)
         return seconds
 
     def probe(self) -> tuple[float, int | None]:
         found = self._process.ask("probe")
-        return found["seconds"], found["bytes"]
+        seconds: float = found["seconds"]
+        if self._samples_several:
+            seconds = self.sample()
+            self._calls = calls_within(seconds)
+        return seconds * self._calls, found["bytes"]
 
     def outputs(self, cotangent: NDArray[Any] | None) -> Arrays:
         given, to = "", self._process.folder / "outputs.npz"
@@ -175,4 +187,5 @@ class OldRelease(Variant):
             return {name: found[name] for name in found.files}
 
     def close(self) -> None:
-        self._process.ask("release")
+        with contextlib.suppress(WorkerError):  # the process is gone, and with it what it held
+            self._process.ask("release")

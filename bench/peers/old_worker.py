@@ -17,7 +17,9 @@ import torch
 
 
 class Worker:
-    """One dispatcher with its input."""
+    """One dispatcher with its input, on one device."""
+
+    device = "cpu"
 
     def hello(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"version": version("canvas-engineering"), "torch": torch.__version__}
@@ -28,6 +30,7 @@ class Worker:
         from canvas_engineering.dispatch import AttentionDispatcher
 
         torch.set_num_threads(request["threads"])
+        self.device = request["device"]
         arrays = dict(np.load(request["arrays"]))
         start = time.perf_counter()
         layout = CanvasLayout(
@@ -51,13 +54,17 @@ class Worker:
         self.module.load_state_dict(
             {name[2:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("p:")}
         )
+        self.module = self.module.to(self.device, getattr(torch, request["dtype"]))
         self.phase = request["phase"]
         training = self.phase != "forward"
         for parameter in self.module.parameters():
             parameter.requires_grad_(training)
-        self.x = torch.from_numpy(arrays["x"]).requires_grad_(training)
-        self.grad_out = torch.from_numpy(arrays["grad_out"])
+        self.x = self._tensor(arrays["x"]).requires_grad_(training)
+        self.grad_out = self._tensor(arrays["grad_out"])
         return {"seconds": seconds}
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(next(self.module.parameters()))
 
     def _leaves(self) -> dict[str, torch.Tensor]:
         return {"x": self.x, **dict(self.module.named_parameters())}
@@ -69,23 +76,37 @@ class Worker:
                 found = {"out": self.module(self.x)}
         else:
             out = self.module(self.x)
-            grads = torch.autograd.grad(out, list(self._leaves().values()), torch.from_numpy(cotangent).to(out))
+            grads = torch.autograd.grad(out, list(self._leaves().values()), self._tensor(cotangent))
             found = {"out": out, **{f"d{name}": grad for name, grad in zip(self._leaves(), grads)}}  # noqa: B905
-        np.savez(request["to"], **{name: tensor.detach().double().numpy() for name, tensor in found.items()})
+        np.savez(request["to"], **{name: tensor.detach().double().cpu().numpy() for name, tensor in found.items()})
         return {}
 
     def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of one call: by the wall on a CPU, between two events around several calls on a GPU."""
+        if self.device == "cpu":
+            start = time.perf_counter()
+            middle = self._call()
+            return {"seconds": time.perf_counter() - (middle if self.phase == "backward" else start)}
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        calls = request.get("calls", 1)
+        torch.cuda.synchronize()
+        start_event.record()
+        for _ in range(calls):
+            self._call()
+        end_event.record()
+        end_event.synchronize()
+        return {"seconds": start_event.elapsed_time(end_event) / 1e3 / calls}
+
+    def _call(self) -> float:
+        """Run the phase; when its forward part ended."""
         if self.phase == "forward":
             with torch.no_grad():
-                start = time.perf_counter()
                 self.module(self.x)
-                return {"seconds": time.perf_counter() - start}
-        start = time.perf_counter()
+            return time.perf_counter()
         out = self.module(self.x)
         middle = time.perf_counter()
         torch.autograd.grad(out, list(self._leaves().values()), self.grad_out)
-        end = time.perf_counter()
-        return {"seconds": end - (middle if self.phase == "backward" else start)}
+        return middle
 
     def probe(self, request: dict[str, Any]) -> dict[str, Any]:
         # memory.py stands beside this folder and imports nothing but the standard library.
@@ -96,7 +117,7 @@ class Worker:
         memory = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(memory)
         taken: list[float] = []
-        peak = memory.peak_bytes(lambda: taken.append(self.sample(request)["seconds"]))
+        peak = memory.peak_bytes(lambda: taken.append(self.sample(request)["seconds"]), self.device)
         return {"seconds": taken[0], "bytes": peak}
 
     def release(self, request: dict[str, Any]) -> dict[str, Any]:

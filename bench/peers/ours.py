@@ -17,6 +17,8 @@ from canvas_engineering.plan import BlockSparsePlan
 from canvas_engineering.plan.plan import Softmax
 
 OURS = "canvas-engineering"
+#: The fallback of a GPU, beside the Triton kernels that ``auto`` takes there.
+OURS_PORTABLE = f"{OURS}, portable"
 
 
 def build_plan(declared: Declared, softmax: Softmax) -> tuple[BlockSparsePlan, float]:
@@ -27,12 +29,18 @@ def build_plan(declared: Declared, softmax: Softmax) -> tuple[BlockSparsePlan, f
 
 
 def attention(
-    plan: BlockSparsePlan, leaves: dict[str, Tensor], grad_out: Tensor, phase: Phase, device: str, plan_seconds: float
+    plan: BlockSparsePlan,
+    leaves: dict[str, Tensor],
+    grad_out: Tensor,
+    phase: Phase,
+    device: str,
+    plan_seconds: float,
+    backend: str = "auto",
 ) -> TorchVariant:
-    """``block_sparse_attention`` on the backend that ``auto`` chooses."""
+    """``block_sparse_attention`` on the backend that ``auto`` chooses, or on another one beside it."""
     variant = TorchVariant(
-        OURS,
-        lambda q, k, v: block_sparse_attention(q, k, v, plan),
+        OURS if backend == "auto" else f"{OURS}, {backend}",
+        lambda q, k, v: block_sparse_attention(q, k, v, plan, backend=backend),
         leaves,
         grad_out,
         phase,
@@ -44,7 +52,7 @@ def attention(
 
 
 def backend_name(plan: BlockSparsePlan, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The backend that runs it."""
+    """The backend that ``auto`` takes for these operands, and why not another."""
     return str(choose_backend(q, k, v, plan))
 
 

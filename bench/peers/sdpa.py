@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.memory import total_bytes
+from bench.memory import too_large
 from bench.pairs import Pairs
 from bench.roofline import Phase
 from bench.variant import Absent, TorchVariant
@@ -19,10 +19,10 @@ PER_GROUP = "SDPA per group"
 
 def masked(pairs: Pairs, leaves: dict[str, Tensor], grad_out: Tensor, phase: Phase, device: str) -> TorchVariant:
     """One call with a boolean mask ``(N, N)``; joint softmax."""
-    memory = total_bytes()
-    needed = pairs.num_tokens**2 * (1 + 2 * leaves["q"].element_size())
-    if memory is not None and needed > memory / 2:
-        raise Absent(f"its mask of {pairs.num_tokens:,} x {pairs.num_tokens:,} would take {needed / 2**30:,.0f} GiB")
+    # The mask, and what torch makes of it: numbers to add to the scores.
+    why = too_large(pairs.num_tokens**2 * (1 + 2 * leaves["q"].element_size()), device)
+    if why:
+        raise Absent(f"its mask of {pairs.num_tokens:,} x {pairs.num_tokens:,} {why}")
     start = time.perf_counter()
     mask = torch.from_numpy(pairs.dense()).to(device)
     took = time.perf_counter() - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,8 @@ def run_benchmarks(args: argparse.Namespace) -> int:
     root = checkout()
     for module, extra in (("torch", "torch"), ("pytest", "dev"), ("pytest_benchmark", "dev"), ("tqdm", "dev")):
         require(module, extra, "bench run")
-    command = [sys.executable, "-m", "pytest", str(root / "bench"), "--benchmark-enable", "--benchmark-only"]
-    command += ["-p", "no:cacheprovider", "--quiet", "--bench-device", args.device]
+    command = [sys.executable, "-m", "pytest", str(root / "bench"), "--benchmark-enable"]
+    command += ["-p", "no:cacheprovider", "--quiet", "--no-header", "--bench-device", args.device]
     command += ["--bench-scale", "full" if args.full else "quick"]
     if args.threads is not None:
         command += ["--bench-threads", str(args.threads)]
@@ -103,7 +104,9 @@ def run_benchmarks(args: argparse.Namespace) -> int:
     elif args.only is None:
         command += ["--bench-save"]
     # 1: a result was wrong. Anything else above 0: the run itself failed, which its output tells.
-    status = subprocess.run(command, cwd=root, check=False).returncode
+    # Options that someone keeps for tests, and what an outer pytest-xdist says to its workers, are not for this run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    status = subprocess.run(command, cwd=root, check=False, env=environment).returncode
     if status > 1:
         raise CanvasError(f"the benchmarks could not be run: pytest ended with status {status}")
     return status

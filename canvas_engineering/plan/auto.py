@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from canvas_engineering.groups import BoxPattern
+from canvas_engineering.plan.bits import unique_rows
 from canvas_engineering.plan.boxes import box_visits
 from canvas_engineering.plan.entries import pair_visits
 from canvas_engineering.plan.parts import IndexSets, Part, Parts
@@ -111,20 +112,30 @@ class _Rectangles:
         alone = np.bincount(key, minlength=rows.count.size * parts.num_slots)[key] == 1
         self.alone = np.bincount(part[alone], minlength=row_set.size)
         order = np.argsort(key[~alone], kind="stable")
-        key = key[~alone][order]
-        self.shared_cols = self.col_set[part[~alone][order]]
-        self.starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if key.size else key
+        self.shared = self._shared(key[~alone][order], self.col_set[part[~alone][order]])
+
+    @staticmethod
+    def _shared(key: NDArray[np.int64], cols: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """What shared tiles unite: ``(lists, length)`` distinct lists of column sets, and the tiles that have each.
+
+        The tiles of a frame, and frames alike, have the same list, so there are far fewer lists than tiles.
+        """
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
+        lengths = np.diff(starts, append=key.size)
+        found = []
+        for length in np.unique(lengths):
+            lists = cols[starts[lengths == length][:, None] + np.arange(length)]
+            first, inverse = unique_rows(lists)
+            found.append((lists[first], np.bincount(inverse)))
+        return found
 
     def visits(self, cols: _Touched) -> int:
         total = int(self.alone @ cols.count[self.col_set])
-        step = max(1, (1 << 22) // max(1, cols.bits.shape[1]))  # bounds the united bit sets to 32 MiB
-        for lo in range(0, self.starts.size, step):
-            begin = self.starts[lo]
-            end = self.starts[lo + step] if lo + step < self.starts.size else self.shared_cols.size
-            united = np.bitwise_or.reduceat(
-                cols.bits[self.shared_cols[begin:end]], self.starts[lo : lo + step] - begin, axis=0
-            )
-            total += int(np.bitwise_count(united).sum(dtype=np.int64))
+        for lists, tiles in self.shared:
+            step = max(1, (1 << 22) // max(1, lists.shape[1] * cols.bits.shape[1]))  # bounds the bit sets to 32 MiB
+            for lo in range(0, tiles.size, step):
+                united = np.bitwise_or.reduce(cols.bits[lists[lo : lo + step]], axis=1)
+                total += int(np.bitwise_count(united).sum(axis=1, dtype=np.int64) @ tiles[lo : lo + step])
         return total
 
 

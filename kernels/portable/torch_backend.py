@@ -9,6 +9,7 @@ in :mod:`torch_math`, on every device.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +83,10 @@ def attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output in q's dtype, or output and log-sum-exp; differentiable once."""
-    device = q.device
+    device, dtype = q.device, q.dtype
     heads_kv = k.shape[1]
+    if device.type == "cpu" and not _multiplies(dtype):
+        q, k, v = (x.float() for x in (q, k, v))
     call = _Call(
         plan=on_device(plan, device),
         group=q.shape[1] // heads_kv,
@@ -101,10 +104,19 @@ def attention(
             out, lse = _Attention.apply(folded, k, v, row_weight, call)
         else:
             out, lse = _composed(folded, k, v, row_weight, call), None
-    out = _unfold(out, call.group)
+    out = _unfold(out, call.group).to(dtype)
     if not return_lse:
         return out
     return out, _unfold(lse, call.group)[..., 0]
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for matrix products in ``dtype``; without them float32 is faster, and exact."""
+    needed = {torch.float16: "amx_fp16", torch.bfloat16: "amx_bf16"}
+    if dtype not in needed:
+        return True
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(needed[dtype], False))
 
 
 def _fold(x: Tensor, group: int) -> Tensor:
