@@ -70,7 +70,7 @@ def rows_of(results: Results, level: str, scope: str, phase: str) -> Iterator[di
 
 def _plain(value: float, _: int) -> str:
     """Numbers on a logarithmic axis, written out."""
-    return f"{value:,.6g}"
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def _colour(name: str) -> str:
@@ -78,7 +78,9 @@ def _colour(name: str) -> str:
 
 
 def _canvases(results: Results, figure: Any) -> bool:
-    """Times of everyone on the shipped canvases, over our own."""
+    """Times of everyone, over our own."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     panels = [
         (title, found)
         for title, level, scope in (
@@ -109,10 +111,13 @@ def _canvases(results: Results, figure: Any) -> bool:
         axis.set_yticks(range(len(found)), [row["title"] for row in found], fontsize=8)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        least, most = axis.get_xlim()
+        axis.set_xlim(min(least, 0.8), most * 1.4)  # room for the numbers
         axis.set_title(f"{title}, forward", fontsize=9, loc="left")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(_plain)
-        axis.xaxis.set_minor_formatter(_plain)
-        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.tick_params(axis="x", labelsize=7)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes[-1, 0].set_xlabel("time over ours (to the right of the line: slower than ours)", fontsize=8)
     return True
@@ -123,6 +128,8 @@ def _has_peer(row: dict[str, Any]) -> bool:
 
 
 def _lines(axis: Any, series: dict[str, list[tuple[float, float]]], x: str, y: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for name, points in series.items():
         style = "--" if name in ("floor", "visited tiles") else "-"
         axis.plot(*zip(*sorted(points), strict=True), style, marker="o", ms=4, label=name, color=_colour(name))
@@ -130,8 +137,10 @@ def _lines(axis: Any, series: dict[str, list[tuple[float, float]]], x: str, y: s
     axis.set_yscale("log")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    if x == "positions":
-        axis.xaxis.set_major_formatter(_plain)
+    if x != "positions":
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(_plain)
     axis.tick_params(labelsize=8)
     axis.grid(True, which="major", alpha=0.3)
     axis.legend(fontsize=8)
@@ -185,8 +194,8 @@ def _roofline(results: Results, figure: Any) -> bool:
         return False
     axis = figure.subplots()
     intensities = [row["true_flops"] / row["moved_bytes"] for row in found]
-    reach = [min(intensities) / 3, max(intensities) * 3]
     ridge = ceilings["matmul"] / ceilings["copy"]
+    reach = [min(*intensities, ridge) / 3, max(*intensities, ridge) * 3]
     edge = sorted({reach[0], min(max(ridge, reach[0]), reach[1]), reach[1]})
     axis.plot(
         edge,

@@ -17,7 +17,8 @@ from canvas_engineering.cli import bench as command
 from canvas_engineering.cli.bench import load
 from canvas_engineering.errors import CanvasError, MissingDependencyError, SchemaError
 
-compare, foreign, machine, plots = load("compare"), load("foreign"), load("machine"), load("plots")
+compare, conftest, foreign = load("compare"), load("conftest"), load("foreign")
+machine, plots = load("machine"), load("plots")
 report, results, summary, targets = load("report"), load("results"), load("summary"), load("targets")
 OLD, MASKED, FLEX = "canvas-engineering 0.5.0", "masked SDPA", "flex_attention"
 
@@ -160,6 +161,22 @@ def test_one_line_per_case(measured: Any) -> None:
     assert lines[0].endswith("-robot: 100 ms; masked SDPA 2.00x; flex_attention absent")
     assert lines[3].endswith("canvas-engineering 0.5.0 wrong")
     assert lines[-1].endswith("-multi_robot: wrong out: max error")
+
+
+@pytest.mark.parametrize(("status", "whole"), [(0, True), (1, True), (2, False), (3, False)])
+def test_only_a_run_to_the_end_replaces_a_result(status: int, whole: bool, measured: Any, tmp_path: Path) -> None:
+    """Status 1: a result was wrong. 2: interrupted. 3: pytest itself failed."""
+    out = tmp_path / "result.json"
+    out.write_text("before")
+    recorder = conftest.Recorder(measured, "cpu", 1.0, out, {})
+    recorder.save_partial()
+    assert out.read_text() == "before"
+    session = argparse.Namespace(config=argparse.Namespace(stash={conftest._RECORDER: recorder}))
+    conftest.pytest_sessionfinish(session, status)
+    assert (out.read_text() == "before") is not whole
+    kept = out if whole else out.with_suffix(".partial")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == sorted({out.name, kept.name})
+    assert len(results.Results.load(kept).cases) == len(measured.cases)
 
 
 # -- targets ------------------------------------------------------------------------------------------------

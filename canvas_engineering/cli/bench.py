@@ -18,6 +18,7 @@ from canvas_engineering.errors import CanvasError
 EPILOG = """examples:
   canvas-engineering bench run                      the quick run: minutes; saved under bench/results/
   canvas-engineering bench run --only robot         only the cases whose name holds "robot"; nothing is saved
+  canvas-engineering bench run --device cuda        on a GPU: the Triton kernels against flex_attention and others
   canvas-engineering bench report                   tables and pictures: docs/benchmarks.md
   canvas-engineering bench compare                  against the last committed result: what became slower
 """
