@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,8 @@ def _multiplies(dtype: torch.dtype) -> bool:
     needed = {torch.float16: "amx_fp16", torch.bfloat16: "amx_bf16"}
     if dtype not in needed:
         return True
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get(needed[dtype], False))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get(needed[dtype], False))
 
 
 def _fold(x: Tensor, group: int) -> Tensor:

@@ -261,3 +261,37 @@ def test_results_do_not_depend_on_threads() -> None:
     for one in results[1:]:
         for a, b in zip(one, results[0], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["several_sets", "window"])
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_half_precision_on_either_kind_of_cpu(
+    has_instructions: bool, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With instructions for it and without; then it is float32 within, rounded once at the end."""
+    monkeypatch.setattr(torch_backend, "_multiplies", lambda dtype: has_instructions or dtype.itemsize > 2)
+    used = set()
+    flash = torch_backend._flash
+
+    def seen(q: torch.Tensor, *rest: object, **options: object) -> object:
+        used.add(q.dtype)
+        return flash(q, *rest, **options)
+
+    monkeypatch.setattr(torch_backend, "_flash", seen)
+    case, options = BY_NAME[name], Options(override_weight=True)
+    plan = fresh(case)
+    inputs = round_inputs(case.inputs(plan), dtype)
+    assert_close(PORTABLE_TORCH.run(plan, inputs, dtype, options), plan, inputs, options, dtype)
+    assert used == {getattr(torch, dtype) if has_instructions else torch.float32}
+
+
+def test_capabilities_of_the_cpu_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplies = torch_backend._multiplies.__wrapped__
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert multiplies(torch.bfloat16)
+    assert not multiplies(torch.float16)
+    assert multiplies(torch.float32)
+    assert multiplies(torch.float64)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before it knew
+    assert not multiplies(torch.bfloat16)
