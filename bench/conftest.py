@@ -113,10 +113,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if here not in item.path.parents:
             continue
-        # Other people's packages may warn, and a full run takes longer than a test may.
+        quick = config.getoption("--bench-scale") == "quick"
+        # Other people's packages may warn; and one case that hangs must not keep the others.
         item.add_marker(pytest.mark.filterwarnings("default"))
-        item.add_marker(pytest.mark.timeout(3600))
-        if item.path.name in FULL_ONLY and config.getoption("--bench-scale") == "quick":
+        item.add_marker(pytest.mark.timeout(900 if quick else 3600))
+        if item.path.name in FULL_ONLY and quick:
             item.add_marker(pytest.mark.skip(reason="part of the full run"))
 
 

@@ -34,7 +34,7 @@ def import_time() -> dict[str, Any]:
         taken.append(float(seconds))
         loaded |= set(names)
     reason = f"it loads {', '.join(sorted(loaded))}" if loaded else ""
-    return _figure("import_seconds", Spread.of(taken).as_list(), "s", reason)
+    return figure("import_seconds", Spread.of(taken).as_list(), "s", reason)
 
 
 def attention_mask() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def attention_mask() -> dict[str, Any]:
     mask = given.topology.to_attention_mask(given.layout)
     taken = time.perf_counter() - start
     same = np.array_equal(np.asarray(mask) > 0, Pairs(given).dense())
-    return _figure("attention_mask_seconds", [taken] * 3, "s", "" if same else "differs from the mask of its groups")
+    return figure("attention_mask_seconds", [taken] * 3, "s", "" if same else "differs from the mask of its groups")
 
 
 def computed_per_true() -> list[dict[str, Any]]:
@@ -55,9 +55,10 @@ def computed_per_true() -> list[dict[str, Any]]:
         for softmax in ("connection", "joint"):
             plan = BlockSparsePlan.from_topology(given.topology, given.layout, softmax=softmax)
             value = plan.stats().computed_per_true
-            rows.append(_figure(f"computed_per_true-{softmax}-{name}", [value] * 3, "x", ""))
+            rows.append(figure(f"computed_per_true-{softmax}-{name}", [value] * 3, "x", ""))
     return rows
 
 
-def _figure(name: str, value: list[float], unit: str, reason: str) -> dict[str, Any]:
+def figure(name: str, value: list[float], unit: str, reason: str) -> dict[str, Any]:
+    """A row of ``Results.figures``: median and quartiles, and what is wrong with them, if anything."""
     return {"id": name, "value": value, "unit": unit, "status": "wrong" if reason else "measured", "reason": reason}

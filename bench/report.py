@@ -92,7 +92,8 @@ def render(results: Results, name: str, pictures: list[str]) -> str:
             rows_here = [row for row in results.cases if _is(row, level, scope, phase)]
             if rows_here:
                 parts.append(f"### {title}, {words}\n\n{_times(results, rows_here)}")
-    parts += [*_loss(results), *_setup(results), *_memory(results), *_building(results), *_absent(results)]
+    parts += [*_loss(results), *_setup(results), *_memory(results), *_building(results), *_figures(results)]
+    parts += _absent(results)
     parts.append(_provenance(results))
     return "\n\n".join(parts)
 
@@ -315,6 +316,19 @@ def _building(results: Results) -> Iterator[str]:
         "blocks and its export to the tables that `process_mask` makes.\n\n"
         + _table(("positions", *build_cost.BUILDERS), body)
     )
+
+
+def _figures(results: Results) -> Iterator[str]:
+    def told(value: float, unit: str) -> str:
+        return readable(value) if unit == "s" else f"{value:.2f} ×"
+
+    body = [
+        (one["id"], *(told(value, one["unit"]) for value in one["value"]))
+        for one in results.figures
+        if one["status"] == "measured"
+    ]
+    if body:
+        yield "### Single figures\n\n" + _table(("", "median", "lower quartile", "upper quartile"), body)
 
 
 def _absent(results: Results) -> Iterator[str]:

@@ -108,6 +108,14 @@ def _figures(results: Results) -> Iterator[Target]:
             what, most, unit, show = bounds[figure["id"]]
             value = figure["value"][0]
             yield Target(what, f"< {most:g} {unit}", show(value), bool(value < most))
+    ratios = [
+        (figure["value"][0], figure["id"]) for figure in results.figures if figure["id"].startswith("process_mask-")
+    ]
+    if ratios:
+        least, name = min(ratios)
+        what = "process_mask against JAX's own, 16,384 positions"
+        measured = f"{least:.1f} × ({name.removeprefix('process_mask-')})"
+        yield Target(what, "≥ 10 ×", measured, bool(least >= 10))
     for scope in ("connection", "joint"):
         found = [figure for figure in results.figures if figure["id"].startswith(f"computed_per_true-{scope}-")]
         if found:

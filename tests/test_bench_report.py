@@ -113,6 +113,9 @@ def measured() -> Any:
     found.figures.append(
         {"id": "computed_per_true-joint-robot", "value": [1.3] * 3, "unit": "x", "status": "measured", "reason": ""}
     )
+    for name, ratio in (("causal-128-forward", 30.0), ("local-512-dkv", 9.0)):
+        ratios = {"id": f"process_mask-{name}", "value": [ratio] * 3, "unit": "x", "status": "measured", "reason": ""}
+        found.figures.append(ratios)
     return found
 
 
@@ -195,6 +198,8 @@ def test_targets(measured: Any) -> None:
     assert found["Plan of 1,048,576 positions (joint), peak memory"].met is True
     assert found["import canvas_engineering"].met is True
     assert found["Computed pairs per true pair on the shipped canvases (joint)"].met is False
+    process_mask = found["process_mask against JAX's own, 16,384 positions"]
+    assert (process_mask.met, process_mask.measured) == (False, "9.0 × (local-512-dkv)")
     never = found["Never slower than masked SDPA on a shipped canvas: joint softmax, forward"]
     assert (never.met, never.measured) == (True, "2.00 × (robot)")
     slow = copy.deepcopy(measured)
@@ -251,6 +256,8 @@ def test_report(measured: Any, tmp_path: Path) -> None:
     assert "Not rendered; it holds a, b." in text
     assert "Not rendered: a list." in text
     assert "**no**" in text
+    assert ["process_mask-local-512-dkv", "9.00 ×", "9.00 ×", "9.00 ×"] in cells
+    assert ["import_seconds", "100 ms", "100 ms", "100 ms"] in cells
 
     before = {path: path.read_bytes() for path in written}
     report.write_report(page, images, folder)
