@@ -25,19 +25,27 @@ def check_runs(num_tokens: int, phase: Phase, device: str) -> None:
     check_block_mask(num_tokens, device)
 
 
+def eager_bytes(num_tokens: int) -> int:
+    """What ``create_block_mask`` takes unless it is compiled: the mask itself, and the sums over its blocks."""
+    return 10 * num_tokens**2
+
+
 def check_block_mask(num_tokens: int, device: str) -> None:
-    """Raise :class:`Absent` where ``create_block_mask`` would fill the memory."""
-    why = too_large(10 * num_tokens**2, device)  # the mask itself, and the sums over its blocks
-    if why:
+    """Raise :class:`Absent` where ``create_block_mask`` would fill the memory; a GPU can compile it instead."""
+    why = too_large(eager_bytes(num_tokens), device)
+    if why and device == "cpu":
         raise Absent(f"create_block_mask of {num_tokens:,} positions {why}")
 
 
 def block_mask(pairs: Pairs, device: str) -> Any:
-    """``create_block_mask`` of the canvas, in blocks of 128 as by default."""
+    """``create_block_mask`` of the canvas, in blocks of 128 as by default; on a GPU compiled where it must be."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     size = pairs.num_tokens
-    return create_block_mask(pairs.mask_mod(device), None, None, size, size, device=device, BLOCK_SIZE=BLOCK)
+    compiled = device != "cpu" and bool(too_large(eager_bytes(size), device))
+    return create_block_mask(
+        pairs.mask_mod(device), None, None, size, size, device=device, BLOCK_SIZE=BLOCK, _compile=compiled
+    )
 
 
 def attention(pairs: Pairs, leaves: dict[str, Tensor], grad_out: Tensor, phase: Phase, device: str) -> TorchVariant:
