@@ -14,6 +14,7 @@ from bench.peers.ours import OURS
 from bench.plots import draw
 from bench.results import FOLDER, Results, is_results, measured, variant
 from bench.roofline import floor_seconds
+from bench.summary import value_of
 from bench.targets import targets
 from canvas_engineering._files import atomic_write, read_json
 from canvas_engineering.cli.output import seconds as readable, table
@@ -319,11 +320,8 @@ def _building(results: Results) -> Iterator[str]:
 
 
 def _figures(results: Results) -> Iterator[str]:
-    def told(value: float, unit: str) -> str:
-        return readable(value) if unit == "s" else f"{value:.2f} ×"
-
     body = [
-        (one["id"], *(told(value, one["unit"]) for value in one["value"]))
+        (one["id"], *(value_of(one, place) for place in range(3)))
         for one in results.figures
         if one["status"] == "measured"
     ]

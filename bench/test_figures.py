@@ -6,6 +6,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import figures
 from bench.conftest import Recorder
+from bench.summary import figure_line
 
 
 def test_import_time(benchmark: BenchmarkFixture, recorder: Recorder) -> None:
@@ -23,5 +24,5 @@ def test_computed_per_true(benchmark: BenchmarkFixture, recorder: Recorder) -> N
 def _keep(recorder: Recorder, found: list[dict[str, object]]) -> None:
     recorder.results.figures += found
     for figure in found:
-        recorder.lines.append(f"{figure['id']}: {figure['value']} {figure['unit']} {figure['reason']}")
+        recorder.lines.append(figure_line(figure))
         assert figure["status"] == "measured", figure["reason"]

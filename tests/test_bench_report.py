@@ -164,6 +164,9 @@ def test_one_line_per_case(measured: Any) -> None:
     assert lines[0].endswith("-robot: 100 ms; masked SDPA 2.00x; flex_attention absent")
     assert lines[3].endswith("canvas-engineering 0.5.0 wrong")
     assert lines[-1].endswith("-multi_robot: wrong out: max error")
+    wrong = {**measured.figures[0], "reason": "it loads torch"}
+    assert summary.figure_line(wrong) == "import_seconds: 100 ms it loads torch"
+    assert summary.figure_line(measured.figures[1]) == "computed_per_true-joint-robot: 1.30 ×"
 
 
 @pytest.mark.parametrize(("status", "whole"), [(0, True), (1, True), (2, False), (3, False)])

@@ -94,7 +94,8 @@ def run_benchmarks(args: argparse.Namespace) -> int:
     for module, extra in (("torch", "torch"), ("pytest", "dev"), ("pytest_benchmark", "dev"), ("tqdm", "dev")):
         require(module, extra, "bench run")
     command = [sys.executable, "-m", "pytest", str(root / "bench"), "--benchmark-enable"]
-    command += ["-p", "no:cacheprovider", "--quiet", "--no-header", "--bench-device", args.device]
+    command += ["-p", "no:cacheprovider", "-o", "console_output_style=classic", "--quiet", "--disable-warnings"]
+    command += ["--bench-device", args.device]
     command += ["--bench-scale", "full" if args.full else "quick"]
     if args.threads is not None:
         command += ["--bench-threads", str(args.threads)]
