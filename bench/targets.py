@@ -14,6 +14,9 @@ from bench.peers.sdpa import MASKED, PER_GROUP
 from bench.results import Results, variant
 from canvas_engineering.cli.output import seconds as readable
 
+#: A median ratio below 1 but above this counts as not slower where the upper quartile of the rounds reaches 1.
+WITHIN_NOISE = 0.95
+
 
 @dataclass(frozen=True)
 class Target:
@@ -80,8 +83,8 @@ def _never_slower(results: Results) -> Iterator[Target]:
                     continue
                 least, high, title = min(ratios)
                 what = f"Never slower than {peer} on a shipped canvas: {scope} softmax, {name}"
-                # Not slower: the upper quartile of the rounds reaches 1.
-                yield Target(what, "≥ 1 ×", f"{least:.2f} × ({title})", bool(max(least, high) >= 1))
+                met = least >= 1 or (high >= 1 and least >= WITHIN_NOISE)
+                yield Target(what, "≥ 1 ×", f"{least:.2f} × ({title})", bool(met))
 
 
 def _builds(results: Results) -> Iterator[Target]:
