@@ -214,10 +214,10 @@ def forward_kernel(
                 b_sum = tl.where(b_sum > 0.0, b_sum, 1.0)
                 inverse = 1.0 / b_sum
                 if STORE_LSE:
-                    b_lse = tl.math.fma(b_max, LN2_LOW, tl.log(b_sum))
-                    b_lse = tl.math.fma(b_max, LN2_HIGH, b_lse)
-                    b_lse = tl.where(b_max == float("-inf"), float("-inf"), b_lse)
-                    tl.store(p_lse + o_lse, b_lse, mask=m_lse)
+                    keyless = b_max == float("-inf")
+                    b_max = tl.where(keyless, 0.0, b_max)
+                    b_lse = tl.math.fma(b_max, LN2_HIGH, tl.math.fma(b_max, LN2_LOW, tl.log(b_sum)))
+                    tl.store(p_lse + o_lse, tl.where(keyless, float("-inf"), b_lse), mask=m_lse)
             if DROPOUT:
                 inverse = inverse * dropout_scale
             if STORE_SETS:

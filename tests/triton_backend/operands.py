@@ -55,9 +55,11 @@ def weights(plan: BlockSparsePlan, device: str, *, requires_grad: bool = False) 
     return torch.from_numpy(plan.row_weight * 2 + 0.25).to(device).requires_grad_(requires_grad)
 
 
-def triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockSparsePlan, **options: Any) -> Any:
-    return block_sparse_attention(q, k, v, plan, backend="triton", **options)
+def triton(*arguments: Any, **options: Any) -> Any:
+    """``block_sparse_attention(q, k, v, plan)`` by the backend under test."""
+    return block_sparse_attention(*arguments, backend="triton", **options)
 
 
-def portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockSparsePlan, **options: Any) -> Any:
-    return block_sparse_attention(q, k, v, plan, backend="portable", **options)
+def portable(*arguments: Any, **options: Any) -> Any:
+    """The same by the backend that it is compared with."""
+    return block_sparse_attention(*arguments, backend="portable", **options)

@@ -100,7 +100,7 @@ def test_tf32_by_choice() -> None:
     torch.testing.assert_close(rounded, exact, rtol=0, atol=16 * 2.0**-11)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:TensorFloat32 tensor cores")
 def test_compiled_by_inductor_with_cuda_graphs() -> None:
     torch.compiler.reset()
     plan = two_sets()

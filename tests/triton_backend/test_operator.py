@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,7 +93,7 @@ def results(call: Callable[..., Any], plan: BlockSparsePlan, device: str, batch:
 
 
 # torch looks at .grad of the operator's output and hides the warning in a way that does not hide errors.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_compiled_into_one_graph(device: str, options: dict[str, Any]) -> None:
     torch.compiler.reset()
@@ -113,7 +114,7 @@ def test_a_dynamic_batch_is_compiled_once(device: str) -> None:
 
     plan = two_sets()
     compiled = torch.compile(triton, fullgraph=True, dynamic=True, backend=count)
-    for batch in (3, 4, 5):  # not 2, the number of heads: equal sizes become one symbol
+    for batch in (4, 5, 6):  # no other size of the operands: equal sizes become one symbol
         got, want = (results(call, plan, device, batch, {}) for call in (compiled, triton))
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert len(graphs) == 1
@@ -261,7 +262,8 @@ def test_without_gradients_nothing_is_kept(device: str, monkeypatch: pytest.Monk
 
 def test_one_operand_in_every_place(device: str) -> None:
     """Self-attention of the raw tokens: the three gradients add up."""
-    plan = BlockSparsePlan.from_mask(two_sets().to_dense()[0].any(0)[:, :21], block_q=16, block_kv=16)
+    n = np.arange(21)
+    plan = BlockSparsePlan.from_mask(n[:, None] // 8 >= n // 8, block_q=16, block_kv=16)
     x, _, _ = operands(plan, device)
     one, two = (x.clone().requires_grad_() for _ in range(2))
     got = torch.autograd.grad(triton(one, one, one, plan).square().sum(), one)

@@ -102,11 +102,13 @@ def test_the_gpu_of_the_tensors_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, index: int) -> None:
             self.device = torch.device("cuda", index)
 
-    found = backend._device_reasons(*[OnGpu(1)] * 3, ok=True)  # type: ignore[arg-type]
-    assert found == ["needs compute capability at least 8.0, got 7.0 (GPU 1)"]
-    assert backend._device_reasons(*[OnGpu(0)] * 3, ok=True) == []  # type: ignore[arg-type]
-    mixed = backend._device_reasons(OnGpu(0), OnGpu(1), OnGpu(0), ok=True)  # type: ignore[arg-type]
-    assert mixed == ["q, k and v must be on one device, got cuda:0, cuda:1, cuda:0"]
+    def reasons(*gpus: int) -> list[str]:
+        q, k, v = map(OnGpu, gpus)
+        return backend._device_reasons(q, k, v, ok=True)  # type: ignore[arg-type]
+
+    assert reasons(1, 1, 1) == ["needs compute capability at least 8.0, got 7.0 (GPU 1)"]
+    assert reasons(0, 0, 0) == []
+    assert reasons(0, 1, 0) == ["q, k and v must be on one device, got cuda:0, cuda:1, cuda:0"]
 
 
 def test_tensors_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +159,9 @@ DOUBLE = operands(PLAN, "cpu", dtype=torch.float64)
         ((Q, K, V), {"row_weight": ONES.to("meta")}, "row_weight must be on the device of q, cpu, got meta"),
     ],
 )  # fmt: skip
-def test_a_call_is_refused(tensors: Any, options: dict[str, Any], reason: str) -> None:
-    assert backend.reasons(*tensors, PLAN, **options) == [reason]
+def test_a_call_is_refused(tensors: tuple[Any, Any, Any], options: dict[str, Any], reason: str) -> None:
+    q, k, v = tensors
+    assert backend.reasons(q, k, v, PLAN, **options) == [reason]
 
 
 @pytest.mark.usefixtures("gpu")

@@ -333,3 +333,12 @@ def test_the_same_bits_on_every_run(device: str) -> None:
     for one in results[1:]:
         for a, b in zip(one, results[0], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_results_are_rounded_to_nearest(device: str, dtype: torch.dtype) -> None:
+    """One key per row, with score 0: the result is its value times the weight, and only the last step rounds."""
+    plan = plan_from_dense(np.eye(40, dtype=np.bool_)[None], np.full((1, 40), 0.7), block_q=16, block_kv=16)
+    _, k, v = operands(plan, device, heads=(1, 1), dtype=dtype)
+    want = (v.float() * torch.tensor(0.7, dtype=torch.float32, device=device)).to(dtype)
+    assert torch.equal(triton(torch.zeros_like(k), k, v, plan), want)
