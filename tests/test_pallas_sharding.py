@@ -13,7 +13,7 @@ from equivalence.backends import Backend
 from equivalence.build import plan_from_dense
 from equivalence.cases import BY_NAME, make_inputs
 from equivalence.tolerance import Options, assert_close, round_inputs
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from jax import Array
 from jax.sharding import Mesh
 
@@ -121,6 +121,7 @@ def test_types_under_shard_map() -> None:
 # -- dealing out --------------------------------------------------------------------------------------------
 
 
+@example([3, 3, 2, 2, 2], 2)  # dealt longest first these are 7 and 5
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 9))
 def test_tiles_are_dealt_once_each(visits: list[int], shards: int) -> None:
     shards = min(shards, len(visits))

@@ -154,9 +154,9 @@ def _exchange(tiles: NDArray[np.int32], visits: NDArray[np.integer]) -> None:
                 best = int(relief[i, j]), other, int(places[i]), int(other_places[j])
         if best is None:
             return
-        _, chosen, i, j = best
+        _, other, slot, other_slot = best
         for array in (tiles, cost):
-            array[busiest, i], array[chosen, j] = array[chosen, j], array[busiest, i]
+            array[busiest, slot], array[other, other_slot] = array[other, other_slot], array[busiest, slot]
 
 
 def sharded_attention(
