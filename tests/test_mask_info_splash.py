@@ -147,8 +147,7 @@ def test_splash_kernel_computes_the_masked_attention(source: str, q_seq_shards: 
 
 def test_splash_kernel_computes_a_plan() -> None:
     """A topology's plan, its tokens permuted, through ``to_mask_info``: the reference's numbers and gradients."""
-    regions = {"a": (0, 3, 0, 6, 0, 16), "b": (0, 3, 6, 10, 0, 16)}
-    layout = CanvasLayout(T=3, H=10, W=16, d_model=8, regions=regions)
+    layout = CanvasLayout(T=3, H=10, W=16, d_model=8, regions={"a": (0, 3, 0, 6, 0, 16), "b": (0, 3, 6, 10, 0, 16)})
     topology = CanvasTopology.causal_temporal(["a", "b"])
     plan = BlockSparsePlan.from_topology(topology, layout, softmax="joint", block_q=BLOCK, block_kv=BLOCK)
     assert plan.num_masks

@@ -1,4 +1,4 @@
-"""``canvas-engineering compile --backend pallas``: answers, refusals, and, where libtpu is installed, real compilation."""
+"""``canvas-engineering compile --backend pallas``: answers, refusals, and real compilation by libtpu."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from equivalence.backends import Backend
 from equivalence.build import plan_from_dense
 from equivalence.cases import BY_NAME, make_inputs
 from equivalence.tolerance import Options, assert_close, round_inputs
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from jax import Array
 from jax.sharding import Mesh
 
@@ -78,9 +78,9 @@ def test_many_devices_equal_one(shape: tuple[int, int], options: dict[str, Any])
 
     @jax.jit(static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
     def run(over: Mesh, operands: Any) -> Any:
-        def call(*operands: Array) -> Any:
+        def call(q: Array, k: Array, v: Array) -> Any:
             return sharded_attention(
-                *operands, plan, over, head_axis="heads", q_axis="queries", interpret=True, **options
+                q, k, v, plan, over, head_axis="heads", q_axis="queries", interpret=True, **options
             )
 
         out, pull_back = jax.vjp(call, *operands)
@@ -96,9 +96,9 @@ def test_one_device_of_a_mesh_in_tpu_interpret_mode() -> None:
     """Reads out of bounds raise, uninitialised memory is NaN: the shards' lists are complete."""
     plan = ragged()
     inputs = make_inputs(plan, 1, 1, 1, 8, seed=0)
-    operands = [jnp.asarray(x, jnp.float32) for x in (inputs.q, inputs.k, inputs.v)]
-    out = sharded_attention(*operands, plan, mesh(1, 2), q_axis="queries")
-    expected = sharded_attention(*operands, plan, mesh(1, 1), q_axis="queries", interpret=True)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (inputs.q, inputs.k, inputs.v))
+    out = sharded_attention(q, k, v, plan, mesh(1, 2), q_axis="queries")
+    expected = sharded_attention(q, k, v, plan, mesh(1, 1), q_axis="queries", interpret=True)
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -121,6 +121,7 @@ def test_types_under_shard_map() -> None:
 # -- dealing out --------------------------------------------------------------------------------------------
 
 
+@example([3, 3, 2, 2, 2], 2)  # dealt longest first these are 7 and 5
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 9))
 def test_tiles_are_dealt_once_each(visits: list[int], shards: int) -> None:
     shards = min(shards, len(visits))
@@ -175,4 +176,4 @@ def test_bad_input() -> None:
     with pytest.raises(PlanError, match="return_lse needs a plan with one softmax set per row, got one with up to 2"):
         sharded_attention(q, kv, kv, plan, over, return_lse=True)
     with pytest.raises(BackendError, match="dtype must be one of bfloat16, float32, got float16"):
-        sharded_attention(*(x.astype(jnp.float16) for x in (q, kv, kv)), plan, over)
+        sharded_attention(q.astype(jnp.float16), kv.astype(jnp.float16), kv.astype(jnp.float16), plan, over)

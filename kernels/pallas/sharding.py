@@ -145,18 +145,18 @@ def _exchange(tiles: NDArray[np.int32], visits: NDArray[np.integer]) -> None:
         busiest = int(total.argmax())
         best: tuple[int, int, int, int] | None = None
         values, places = np.unique(cost[busiest], return_index=True)
-        for other in np.flatnonzero(total < total[busiest] - 1):
+        for other in map(int, np.flatnonzero(total < total[busiest] - 1)):
             other_values, other_places = np.unique(cost[other], return_index=True)
             moved = values[:, None] - other_values
             relief = np.minimum(moved, total[busiest] - total[other] - moved)  # of the busier of the two
             i, j = np.unravel_index(int(relief.argmax()), relief.shape)
             if relief[i, j] > (0 if best is None else best[0]):
-                best = int(relief[i, j]), int(other), int(places[i]), int(other_places[j])
+                best = int(relief[i, j]), other, int(places[i]), int(other_places[j])
         if best is None:
             return
-        _, other, i, j = best
+        _, other, slot, other_slot = best
         for array in (tiles, cost):
-            array[busiest, i], array[other, j] = array[other, j], array[busiest, i]
+            array[busiest, slot], array[other, other_slot] = array[other, other_slot], array[busiest, slot]
 
 
 def sharded_attention(
