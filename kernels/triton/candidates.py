@@ -50,8 +50,8 @@ def candidates(key: Key, architecture: str) -> Iterator[KernelConfig]:
     else:
         warps = (8, 4) if key.own_block == 128 else (4, 8)
         others = (128, 64, 32)
-    if key.kernel == "backward_kv":
-        others = (*others, 16)  # rows may be few, while keys of a block are whole words of a mask
+    if key.kernel == "backward_kv" or (key.dtype == "float32" and key.head_dim == HEAD_DIMS[-1]):
+        others = (*others, 16)  # of keys this is half a word of a mask, so it is the last resort
     stages = (2, 1) if key.dtype == "float32" or architecture.startswith("gfx") else (3, 2)
     for other in others:
         for num_warps in warps:

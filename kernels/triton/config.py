@@ -164,8 +164,10 @@ def is_heavy(kernel: str, head_dim: int, *, dropout: bool, contiguous: bool) -> 
 
 def fit_config(config: KernelConfig, kernel: str, tile_other: int, *, heavy: bool) -> KernelConfig:
     """The configuration with the other block fitted to a tile, and halved for a heavy variant."""
-    least = 16 if kernel == "backward_kv" else 32  # keys come in whole words of a mask
-    largest = max(config.other_block(kernel) // (2 if heavy else 1), least)
+    largest = config.other_block(kernel)
+    if heavy:
+        # Masks are read in words of 32 keys; half a word is only for entries without registers for more.
+        largest = max(largest // 2, 16 if kernel == "backward_kv" else min(largest, 32))
     other = fit_block(tuple(block for block in OWN_BLOCKS if block <= largest), tile_other)
     return KernelConfig.of(kernel, config.own_block(kernel), other, config.num_warps, config.num_stages)
 
@@ -179,7 +181,7 @@ def _own_blocks(table: Table, kernel: str, head_dim: int, dtype: str, many_sets:
 def fit_block(blocks: tuple[int, ...], tile: int) -> int:
     """The block that covers a tile with the least padding; the largest of equal ones.
 
-    Blocks of 16 are for tiles that fit into one, because masks are read in words of 32 keys.
+    Blocks of 16 are for tiles that fit into one, or where there is no other: masks are read in words of 32 keys.
     """
     fitting = [block for block in blocks if (block == 16) == (tile <= 16)] or list(blocks)
     return min(fitting, key=lambda block: (-(-tile // block) * block, -block))

@@ -99,7 +99,7 @@ def tile_mask(
     instead of one per pair. Keys beyond ``BLOCK_KV`` get a neighbour's bits.
     """
     WORDS: tl.constexpr = (BLOCK_KV + 31) // 32
-    first = n_start // 32  # exact: BLOCK_N is 16 and the only block, or a multiple of 32
+    first = n_start // 32  # a block is half a word (16 keys) or whole words
     p_row = p_masks + mask_id.to(tl.int64) * (BLOCK_Q * WORDS) + o_m * WORDS + first
     in_tile = o_m < BLOCK_Q
     words = tl.load(p_row, mask=in_tile, other=0)
