@@ -223,8 +223,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: s
         if name not in constants and name.startswith(("p_", "stride_")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = compile_options(config, all_registers=dtype == "float32" and target.startswith("sm_"))
     try:
-        return triton.compile(source, target=gpu_target(target), options=compile_options(config))
+        return triton.compile(source, target=gpu_target(target), options=options)
     except (TritonError, RuntimeError) as error:  # RuntimeError: a pass of the compiler failed
         raise BackendError(f"{kernel.__name__} does not compile for {target} with {config}: {error}") from error
 

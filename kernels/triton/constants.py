@@ -7,6 +7,8 @@ from typing import Any
 
 from canvas_engineering.kernels.triton.config import KernelConfig
 
+#: Registers of a multiprocessor, of every NVIDIA GPU that the kernels run on.
+REGISTERS = 65_536
 #: Of the kernels that multiply no matrices; their blocks are fixed.
 SMALL_KERNEL = KernelConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
 
@@ -94,6 +96,17 @@ def delta_constants(variant: Variant) -> dict[str, Any]:
     }
 
 
-def compile_options(config: KernelConfig) -> dict[str, Any]:
-    """Options of Triton's compiler. Fusing multiplications and additions is asked for: its default is changing."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+def compile_options(config: KernelConfig, *, all_registers: bool = False) -> dict[str, Any]:
+    """Options of Triton's compiler. Fusing multiplications and additions is asked for: its default is changing.
+
+    ``all_registers``, on NVIDIA GPUs only, gives a thread as many as there are. Products of float32 need it: left
+    alone, the assembler spills a few of their values so that two programs share a multiprocessor.
+    """
+    options: dict[str, Any] = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    if all_registers:
+        options["maxnreg"] = min(255, REGISTERS // (32 * config.num_warps))
+    return options

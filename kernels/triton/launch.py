@@ -126,6 +126,10 @@ def _variant(head_dim: int, plan: Plan, options: Options) -> Variant:
     )
 
 
+def _all_registers(q: torch.Tensor) -> bool:
+    return q.dtype == torch.float32 and torch.version.hip is None
+
+
 def _blocks(tile: int, block: int) -> int:
     return -(-tile // block)
 
@@ -185,7 +189,7 @@ def forward(
         plan.num_sets,
         *options.numbers,
         **kernel_constants("forward", variant, config),
-        **compile_options(config),
+        **compile_options(config, all_registers=_all_registers(q)),
     )
 
 
@@ -288,7 +292,7 @@ def backward_q(
         options.scale,
         *options.numbers,
         **kernel_constants("backward_q", variant, config),
-        **compile_options(config),
+        **compile_options(config, all_registers=_all_registers(q)),
     )
 
 
@@ -340,7 +344,7 @@ def backward_kv(
         options.scale,
         *options.numbers,
         **kernel_constants("backward_kv", variant, config),
-        **compile_options(config),
+        **compile_options(config, all_registers=_all_registers(q)),
     )
 
 
