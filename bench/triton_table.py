@@ -95,7 +95,13 @@ def all_variants(key: Key, config: KernelConfig) -> Iterator[Variant]:
 def compiled(key: Key, config: KernelConfig, variant: Variant, target: str) -> aot.KernelReport:
     """The report of one variant, its blocks fitted as a launch fits them."""
     tile_other = variant.block_q if key.kernel == "backward_kv" else variant.block_kv
-    heavy = is_heavy(key.kernel, variant.head_dim, dropout=variant.dropout, contiguous=variant.contiguous)
+    heavy = is_heavy(
+        key.kernel,
+        variant.head_dim,
+        dropout=variant.dropout,
+        contiguous=variant.contiguous,
+        sigmoid=variant.sigmoid,
+    )
     return aot.report(key.kernel, variant, key.dtype, target, fit_config(config, key.kernel, tile_other, heavy=heavy))
 
 

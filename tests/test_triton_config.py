@@ -121,6 +121,7 @@ def test_heavy_variants_get_half_of_the_other_block(kernel: str) -> None:
     plain = other()
     assert plain >= 64
     assert other(dropout=True) == other(head_dim=56) == plain // 2
+    assert other(sigmoid=True) == (plain if kernel == "forward" else plain // 2)
     assert other(contiguous=False) == (plain // 2 if kernel == "backward_kv" else plain)
 
 

@@ -167,6 +167,7 @@ def report(kernel: str, variant: Variant, dtype: str, target: str, config: Kerne
                 block_kv=variant.block_kv,
                 dropout=variant.dropout,
                 contiguous=variant.contiguous,
+                sigmoid=variant.sigmoid,
             )
         functions = {
             "forward": forward_kernel,

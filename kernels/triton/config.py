@@ -114,6 +114,7 @@ def kernel_config(
     block_kv: int,
     dropout: bool = False,
     contiguous: bool = True,
+    sigmoid: bool = False,
     device_name: str | None = None,
 ) -> KernelConfig:
     """The configuration of a kernel for plans of one tile size: blocks divide the tile, or pad it.
@@ -127,6 +128,7 @@ def kernel_config(
         block_q, block_kv: The plan's tile.
         dropout: Whether there is dropout.
         contiguous: Whether every tile of the plan is a slice of the tokens.
+        sigmoid: Sigmoid instead of softmax.
         device_name: Take what ``canvas-engineering tune`` measured on this kind of device, where it did.
 
     Raises:
@@ -149,17 +151,18 @@ def kernel_config(
                 f"softmax {'sets' if many_sets else 'set'}"
             )
         found = configs[fit_block(tuple(configs), tile_own)]
-    heavy = is_heavy(kernel, head_dim, dropout=dropout, contiguous=contiguous)
+    heavy = is_heavy(kernel, head_dim, dropout=dropout, contiguous=contiguous, sigmoid=sigmoid)
     return fit_config(found, kernel, tile_other, heavy=heavy)
 
 
-def is_heavy(kernel: str, head_dim: int, *, dropout: bool, contiguous: bool) -> bool:
+def is_heavy(kernel: str, head_dim: int, *, dropout: bool, contiguous: bool, sigmoid: bool) -> bool:
     """Whether a variant takes more registers than its entry leaves, so that the other block is halved.
 
-    Dropout does, and a head_dim that is no power of two; tokens that are gathered do so only beside the two
-    accumulators of dK and dV.
+    Dropout does, and a head_dim that is no power of two; sigmoid does in the backward pass; tokens that are gathered do
+    so only beside the two accumulators of dK and dV.
     """
-    return dropout or head_dim & (head_dim - 1) != 0 or (kernel == "backward_kv" and not contiguous)
+    by_kernel = {"forward": False, "backward_q": sigmoid, "backward_kv": sigmoid or not contiguous}
+    return dropout or head_dim & (head_dim - 1) != 0 or by_kernel.get(kernel, False)
 
 
 def fit_config(config: KernelConfig, kernel: str, tile_other: int, *, heavy: bool) -> KernelConfig:

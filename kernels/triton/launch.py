@@ -98,6 +98,7 @@ def _config(device: torch.device, kernel: str, dtype: torch.dtype, variant: Vari
         block_kv=variant.block_kv,
         dropout=variant.dropout,
         contiguous=variant.contiguous,
+        sigmoid=variant.sigmoid,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     )
 
