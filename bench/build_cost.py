@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from bench.canvases import BUILD_LENGTHS, CANVASES, length_name
 from bench.cases import Scale
+from bench.machine import synchronize
 from bench.memory import Counter
 from bench.pairs import Classes, Pairs
 from bench.peers import flex
-from bench.timing import Spread, synchronize
+from bench.timing import Spread
 from bench.variant import FAILURES, Absent, told
 from canvas_engineering.plan import BlockSparsePlan
 

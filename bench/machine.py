@@ -67,3 +67,11 @@ def slug(machine: dict[str, Any]) -> str:
     if machine["kind"] == "cpu":
         words.append(f"{machine['threads']} threads")
     return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; nothing on the CPU."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from bench.machine import synchronize
 from canvas_engineering.plan import BlockSparsePlan
 
 Phase = Literal["forward", "backward", "step"]
@@ -100,8 +101,6 @@ def _product_rate(size: int, dtype: torch.dtype, device: str, seconds: float) ->
 
 
 def _fastest(call: Any, device: str, seconds: float) -> float:
-    from bench.timing import synchronize
-
     took: list[float] = []
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or not took:

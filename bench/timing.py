@@ -11,14 +11,6 @@ from typing import Any
 from bench.variant import FAILURES, Absent, Variant, told
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device; nothing on the CPU."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
 @dataclass(frozen=True)
 class Spread:
     """Median and quartiles."""
@@ -52,6 +44,8 @@ class Interleaved:
     Attributes:
         ours: The variant that pytest-benchmark times.
         others: Those that run in the setup of each round, in turn first.
+        warm: Each timed call comes right after one of the same variant that is not timed; else it meets the caches
+            as another variant left them, and threads that sleep after waiting for another process.
         samples: Seconds of each of the others, one per round.
         by_device: Seconds of ours per round where the device has a clock of its own; else empty.
         failed: Who raised an error, and which; they are left out from there on.
@@ -59,6 +53,7 @@ class Interleaved:
 
     ours: Variant
     others: Sequence[Variant]
+    warm: bool = False
     samples: dict[str, list[float]] = field(default_factory=dict)
     by_device: list[float] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -80,10 +75,12 @@ class Interleaved:
             if variant.name in self.failed:
                 continue
             try:
-                self.samples[variant.name].append(variant.sample())
+                self.samples[variant.name].append(variant.warm_sample() if self.warm else variant.sample())
             except (Absent, *FAILURES) as error:
                 self.failed[variant.name] = told(error)
         self.rounds_done += 1
+        if self.warm:
+            self.ours.sample()
         return (self.ours.prepare(),), {}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.machine import synchronize
 from bench.roofline import Phase
 
 Arrays = dict[str, NDArray[np.float64]]
@@ -81,6 +82,11 @@ class Variant:
         by_device = self.timed(prepared)
         return time.perf_counter() - start if by_device is None else by_device
 
+    def warm_sample(self) -> float:
+        """:meth:`sample` right after a call that is not timed: with its own caches and threads awake, as in a loop."""
+        self.sample()
+        return self.sample()
+
     def outputs(self, cotangent: NDArray[Any] | None) -> Arrays:
         """``out`` and, where a cotangent is given, the gradients, all as float64."""
         raise NotImplementedError
@@ -146,8 +152,6 @@ class TorchVariant(Variant):
         return torch.autograd.grad(out, list(self._leaves.values()), grad_out)
 
     def prepare(self) -> Any:
-        from bench.timing import synchronize
-
         prepared = self._forward() if self._phase == "backward" else None
         synchronize(self._device)
         return prepared

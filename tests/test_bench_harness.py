@@ -54,6 +54,16 @@ def test_every_variant_runs_once_per_round_and_the_others_take_turns() -> None:
     assert {name: len(taken) for name, taken in interleaved.samples.items()} == {"a": 3, "b": 3}
 
 
+def test_warm_rounds_time_the_second_of_two_calls() -> None:
+    log: list[str] = []
+    mine, peer = (Recorded(name, log) for name in ("ours", "peer"))
+    clock = timing.Clock()
+    interleaved = timing.Interleaved(mine, [peer], warm=True)
+    interleaved.run(clock.pedantic, 2)
+    assert log == ["peer", "peer", "ours", "ours"] * 2
+    assert (len(clock.seconds), len(interleaved.samples["peer"])) == (2, 2)
+
+
 def test_the_clock_of_a_device_goes_before_the_wall() -> None:
     class OnDevice(Recorded):
         def timed(self, prepared: Any) -> float:

@@ -164,8 +164,14 @@ class OldRelease(Variant):
         self.setup = {"build": built["seconds"]}
 
     def sample(self) -> float:
+        return self._sample(warm=False)
+
+    def warm_sample(self) -> float:
+        return self._sample(warm=True)
+
+    def _sample(self, warm: bool) -> float:
         time.sleep(_PAUSE)
-        seconds: float = self._process.ask("sample", calls=self._calls)["seconds"]
+        seconds: float = self._process.ask("sample", calls=self._calls, warm=warm)["seconds"]
         time.sleep(_PAUSE)
         return seconds
 

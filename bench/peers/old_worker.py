@@ -82,7 +82,12 @@ class Worker:
         return {}
 
     def sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of one call: by the wall on a CPU, between two events around several calls on a GPU."""
+        """Seconds of one call: by the wall on a CPU, between two events around several calls on a GPU.
+
+        With ``warm`` it comes right after a call that is not timed.
+        """
+        if request.get("warm"):
+            self._call()
         if self.device == "cpu":
             start = time.perf_counter()
             middle = self._call()
