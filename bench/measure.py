@@ -19,14 +19,14 @@ from bench.peers import flex, jax_arrays, natten_window, old_release, ours, sdpa
 from bench.results import Measured
 from bench.roofline import Work
 from bench.timing import Interleaved, Spread, rounds_within
-from bench.variant import FAILURES, Absent, Variant, told
+from bench.variant import FAILURES, WARM_UP, Absent, Variant, told
 from canvas_engineering.dispatch import AttentionDispatcher
 from canvas_engineering.plan import BlockSparsePlan
 from canvas_engineering.plan.plan import Softmax
 
 #: A round that takes longer than this is repeated twice, not three times.
 LONG_ROUND = 4.0
-#: In rounds up to this length every timed call comes right after one that is not timed.
+#: In rounds up to this length every timed call comes right after untimed ones.
 WARM_ROUND = 0.5
 #: A peer whose call takes longer than this is timed once, outside of the rounds.
 PATIENCE = 8.0
@@ -176,7 +176,7 @@ def _time(
     together = once[mine.name] + sum(once[variant.name] for variant in others)
     warm = together <= WARM_ROUND
     interleaved = Interleaved(mine, others, warm)
-    took = 2 * together if warm else together
+    took = 2 * together + WARM_UP * (1 + len(others)) if warm else together
     interleaved.run(pedantic, rounds_within(budget, took, least=2 if took > LONG_ROUND else 3))
     for name, reason in interleaved.failed.items():
         by_name[name].status, by_name[name].reason = "failed", reason

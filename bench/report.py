@@ -34,7 +34,7 @@ Generated from `bench/results/` by `canvas-engineering bench report`; edits by h
 How to read the tables. Times are medians, with quartiles in brackets. All variants of a row ran in turn, once per
 round; a ratio is another variant's time over ours in the same round (above 1: ours is faster), with the quartiles
 over the rounds; a peer that takes many seconds is called once. In rounds of less than half a second each timed call
-comes right after an untimed one of the same variant, as in a loop. On a GPU a time is that between two CUDA events
+comes right after untimed ones of the same variant, as in a loop. On a GPU a time is that between two CUDA events
 around several calls, over their number, after a warm-up. Before anything is timed its output, and its gradients where
 they are timed, are compared with the float64 NumPy reference; a result that differs has no time and stands as *wrong*.
 *Of floor* is our time over the least that the true FLOPs and bytes need at the ceilings measured on the same machine

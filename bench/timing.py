@@ -44,8 +44,8 @@ class Interleaved:
     Attributes:
         ours: The variant that pytest-benchmark times.
         others: Those that run in the setup of each round, in turn first.
-        warm: Each timed call comes right after one of the same variant that is not timed; else it meets the caches
-            as another variant left them, and threads that sleep after waiting for another process.
+        warm: Each timed call comes right after untimed ones of the same variant; else it meets the caches as another
+            variant left them, and threads that sleep after waiting for another process.
         samples: Seconds of each of the others, one per round.
         by_device: Seconds of ours per round where the device has a clock of its own; else empty.
         failed: Who raised an error, and which; they are left out from there on.
@@ -80,7 +80,7 @@ class Interleaved:
                 self.failed[variant.name] = told(error)
         self.rounds_done += 1
         if self.warm:
-            self.ours.sample()
+            self.ours.warm_up()
         return (self.ours.prepare(),), {}
 
 

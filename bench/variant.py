@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from bench.machine import synchronize
 from bench.roofline import Phase
 
+#: Seconds of untimed calls before a timed one.
+WARM_UP = 0.02
+
 Arrays = dict[str, NDArray[np.float64]]
 
 
@@ -82,9 +85,16 @@ class Variant:
         by_device = self.timed(prepared)
         return time.perf_counter() - start if by_device is None else by_device
 
-    def warm_sample(self) -> float:
-        """:meth:`sample` right after a call that is not timed: with its own caches and threads awake, as in a loop."""
+    def warm_up(self) -> None:
+        """Untimed calls, so that the next one meets its own caches and threads that are awake, as in a loop."""
+        stop = time.perf_counter() + WARM_UP
         self.sample()
+        while time.perf_counter() < stop:
+            self.sample()
+
+    def warm_sample(self) -> float:
+        """:meth:`sample` after :meth:`warm_up`."""
+        self.warm_up()
         return self.sample()
 
     def outputs(self, cotangent: NDArray[Any] | None) -> Arrays:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.canvases import Declared
 from bench.roofline import Phase
-from bench.variant import Absent, Arrays, Variant, calls_within
+from bench.variant import WARM_UP, Absent, Arrays, Variant, calls_within
 from canvas_engineering.dispatch import AttentionDispatcher
 
 OLD = "canvas-engineering 0.5.0"
@@ -164,14 +164,14 @@ class OldRelease(Variant):
         self.setup = {"build": built["seconds"]}
 
     def sample(self) -> float:
-        return self._sample(warm=False)
+        return self._sample(0.0)
 
     def warm_sample(self) -> float:
-        return self._sample(warm=True)
+        return self._sample(WARM_UP)
 
-    def _sample(self, warm: bool) -> float:
+    def _sample(self, warm_up: float) -> float:
         time.sleep(_PAUSE)
-        seconds: float = self._process.ask("sample", calls=self._calls, warm=warm)["seconds"]
+        seconds: float = self._process.ask("sample", calls=self._calls, warm_up=warm_up)["seconds"]
         time.sleep(_PAUSE)
         return seconds
 

@@ -84,9 +84,10 @@ class Worker:
     def sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """Seconds of one call: by the wall on a CPU, between two events around several calls on a GPU.
 
-        With ``warm`` it comes right after a call that is not timed.
+        It comes right after untimed calls that take ``warm_up`` seconds.
         """
-        if request.get("warm"):
+        stop = time.perf_counter() + request.get("warm_up", 0.0)
+        while time.perf_counter() < stop:
             self._call()
         if self.device == "cpu":
             start = time.perf_counter()
