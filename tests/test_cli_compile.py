@@ -140,6 +140,10 @@ def test_kernels_that_do_not_fit_end_with_status_1(
         (["--head-dim", "7"], "head_dim must be from 8 to 256, got 7"),
         (["--head-dim", "512", "--plan", str(ROBOT)], "head_dim must be from 8 to 256, got 512"),
         (["--plan", "missing.json"], "missing.json: No such file or directory"),
+        (
+            ["--block-q", "64"],
+            "--softmax, --block-q and --block-kv say how the canvas of --plan is compiled, got no --plan",
+        ),
     ],
 )
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 from canvas_engineering._optional import require
 from canvas_engineering.cli.output import print_json, table
 from canvas_engineering.cli.schema_file import add_plan_arguments, read_plan
+from canvas_engineering.errors import CanvasError
+from canvas_engineering.plan import BlockSparsePlan
+from canvas_engineering.plan.auto import TileTable
 
 EPILOG = """examples:
   canvas-engineering compile --backend triton --target sm_90 --head-dim 128 --dtype bfloat16
@@ -58,6 +61,19 @@ def main(args: argparse.Namespace) -> int:
     return 0 if report["fits"] else 1
 
 
+def given_plan(args: argparse.Namespace, tiles: TileTable) -> BlockSparsePlan | None:
+    """The plan or canvas of ``--plan``, or None without it.
+
+    Raises:
+        CanvasError: Options that say how a canvas is compiled, and no canvas.
+    """
+    if args.plan is not None:
+        return read_plan(args.plan, args, tiles)
+    if (args.softmax, args.block_q, args.block_kv) != ("connection", "auto", "auto"):
+        raise CanvasError("--softmax, --block-q and --block-kv say how the canvas of --plan is compiled, got no --plan")
+    return None
+
+
 def triton_report(args: argparse.Namespace) -> dict[str, Any]:
     """What the Triton kernels take of a GPU: ``kernels``, a list of one object per kernel; ``fits``; ``sentence``."""
     require("triton", "triton", "compiling for a GPU")
@@ -66,7 +82,7 @@ def triton_report(args: argparse.Namespace) -> dict[str, Any]:
 
     aot.check_arguments(args.target, args.head_dim, args.dtype)
     tiles = recommended_tiles(args.target, args.head_dim, args.dtype)
-    plan = None if args.plan is None else read_plan(args.plan, args, tiles)
+    plan = given_plan(args, tiles)
     return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
 
 
@@ -76,7 +92,7 @@ def pallas_report(args: argparse.Namespace) -> dict[str, Any]:
     from canvas_engineering.kernels.pallas import aot
     from canvas_engineering.kernels.pallas.tiles import TPU_TILES
 
-    plan = None if args.plan is None else read_plan(args.plan, args, TPU_TILES)
+    plan = given_plan(args, TPU_TILES)
     return aot.compile_report(args.target, args.head_dim, args.dtype, plan)
 
 

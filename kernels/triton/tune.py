@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from canvas_engineering.kernels.triton.candidates import candidates, table_keys
 from canvas_engineering.kernels.triton.config import (
@@ -204,19 +205,35 @@ def tune(
     return outcome
 
 
-def _measure_kernel(
-    job: KernelJob, measure: Measure, outcome: Outcome, progress: Callable[[int, str], object]
-) -> Entry | None:
-    seconds: dict[KernelConfig, float] = {}
-    for config in job.configs:
+Candidate = TypeVar("Candidate", KernelConfig, Tile)
+
+
+def _measured(
+    job: KernelJob | TileJob,
+    tried: Iterable[Candidate],
+    measure: Callable[[Candidate], float],
+    outcome: Outcome,
+    progress: Callable[[int, str], object],
+) -> dict[Candidate, float]:
+    """Seconds of each candidate that can be used; the others are counted by their reason."""
+    seconds: dict[Candidate, float] = {}
+    for candidate in tried:
         try:
-            seconds[config] = measure.kernel(job.key, config)
+            seconds[candidate] = measure(candidate)
             outcome.measured += 1
         except CandidateError as error:
             outcome.failures[str(error)] = outcome.failures.get(str(error), 0) + 1
         progress(1, str(job))
     if not seconds:
         outcome.hopeless.append(str(job))
+    return seconds
+
+
+def _measure_kernel(
+    job: KernelJob, measure: Measure, outcome: Outcome, progress: Callable[[int, str], object]
+) -> Entry | None:
+    seconds = _measured(job, job.configs, partial(measure.kernel, job.key), outcome, progress)
+    if not seconds:
         return None
     best = min(seconds, key=lambda config: seconds[config])
     return Entry(job.key, best, seconds[best], seconds.get(job.configs[0]))
@@ -226,16 +243,7 @@ def _measure_tiles(
     job: TileJob, measure: Measure, outcome: Outcome, progress: Callable[[int, str], object]
 ) -> dict[Tile, float]:
     """Speeds relative to the fastest tile size; a size that cannot be used is left out, and never chosen."""
-    seconds: dict[Tile, float] = {}
-    for tile in job.tiles:
-        try:
-            seconds[tile] = measure.tile(tile)
-            outcome.measured += 1
-        except CandidateError as error:
-            outcome.failures[str(error)] = outcome.failures.get(str(error), 0) + 1
-        progress(1, str(job))
-    if not seconds:
-        outcome.hopeless.append(str(job))
+    seconds = _measured(job, job.tiles, measure.tile, outcome, progress)
     best = min(seconds.values(), default=0.0)
     return {tile: best / value for tile, value in seconds.items()}
 
