@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -73,3 +74,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if reason is not None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def kernel_table_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of the test's own for tuned kernel tables, and no table remembered from another test."""
+    from canvas_engineering.kernels.triton.config import forget_tables
+
+    monkeypatch.setenv("CANVAS_ENGINEERING_CACHE", str(tmp_path / "cache"))
+    forget_tables()
+    yield tmp_path / "cache"
+    forget_tables()

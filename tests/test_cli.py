@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from cli_refusals import refused
 
 from canvas_engineering import BlockSparsePlan, CanvasLayout, CanvasSchema, CanvasTopology, Connection
 from canvas_engineering.attention import api
@@ -48,16 +49,6 @@ def write_schema(folder: Path, edit: Edit | None = None) -> str:
     path = folder / "small.json"
     path.write_text(json.dumps(data), encoding="utf-8")
     return str(path)
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, check exit status 2, nothing on standard output, one ``error:`` line; return it."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 # -- doctor -------------------------------------------------------------------------------------------------

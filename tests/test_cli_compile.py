@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_refusals import refused
 
 from canvas_engineering import BlockSparsePlan, CanvasSchema
 from canvas_engineering.cli.main import main
@@ -39,15 +40,6 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(aot, "report", report)
     return seen
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, check exit status 2 and one line; return it."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    return line
 
 
 def test_a_canvas_is_compiled_for_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cli_refusals import refused
 
 from canvas_engineering.cli import main as cli, tune as command
 from canvas_engineering.cli.main import main
@@ -36,9 +36,8 @@ class Invented:
 
 
 @pytest.fixture(autouse=True)
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(kernel_table_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU by name only, and a cache folder of the test's own."""
-    monkeypatch.setenv("CANVAS_ENGINEERING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -46,19 +45,6 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(command, "make_measure", lambda gpu: Invented())
     Invented.measured = 0
-    config.forget_tables()
-    yield
-    config.forget_tables()
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run, check exit status 2 and one line; return it."""
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 ARGUMENTS = ["tune", "--head-dim", "64", "--dtype", "bfloat16"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,7 @@ TILE_SIZES = (8, 16, 24, 32, 40, 64, 96, 120, 128, 192, 256)
 DEVICE = "NVIDIA Example 100"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of the test's own, and no table remembered from another one."""
-    monkeypatch.setenv("CANVAS_ENGINEERING_CACHE", str(tmp_path / "cache"))
-    config.forget_tables()
-    yield tmp_path / "cache"
-    config.forget_tables()
+pytestmark = pytest.mark.usefixtures("kernel_table_cache")
 
 
 def tuned(kernels: dict[Key, KernelConfig], tiles: dict[Tile, float] | None = None) -> None:
@@ -201,7 +194,7 @@ def test_ill_formed_tables_are_refused_with_place_and_value(table: object, messa
         read_table(path)
 
 
-def test_a_broken_tuned_table_is_named_with_the_way_out(own_cache: Path) -> None:
+def test_a_broken_tuned_table_is_named_with_the_way_out(kernel_table_cache: Path) -> None:
     path = config.tuned_table_path(DEVICE)
     path.parent.mkdir(parents=True)
     path.write_text("{", encoding="utf-8")

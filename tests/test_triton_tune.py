@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,7 @@ DEVICE = "NVIDIA Example 100"
 SOURCE = "a test"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("CANVAS_ENGINEERING_CACHE", str(tmp_path / "cache"))
-    config.forget_tables()
-    yield tmp_path / "cache"
-    config.forget_tables()
+pytestmark = pytest.mark.usefixtures("kernel_table_cache")
 
 
 class Invented:
